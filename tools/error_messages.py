@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tomllib
 
@@ -23,7 +23,14 @@ WRITTEN = (
 GAP = "..."
 ERROR = r"[A-Z]\w+Error"
 # Functions that put what a message is about before the words that they are called with.
-MAKERS = {"self.error", "folder.error", "self.lacking", "folder.lacking", "refuse"}
+MAKERS = {
+    "self.error",
+    "folder.error",
+    "self.lacking",
+    "folder.lacking",
+    "refuse",
+    "self._refusing",
+}
 WARNINGS = {"warn": "", "unsaved": ": ERROR; ..."}
 # Words by which a message says what would be right.
 SAYS_IT = re.compile(
@@ -56,12 +63,11 @@ A message without a word in brackets is an `InputError`: what a caller got wrong
 
 
 class Message(NamedTuple):
-    """A message: the file and line that say it, the kind of error, and its form, in which names
-    in capitals and "..." stand for what differs.
+    """A message: the file that says it, the kind of error, and its form, in which names in
+    capitals and "..." stand for what differs.
     """
 
     file: str
-    line: int
     kind: str
     form: str
 
@@ -99,7 +105,7 @@ def messages() -> tuple[list[Message], list[Unread]]:
             for form in forms or ():
                 if re.search(r"[a-z]{3}", form):
                     form = " ".join(form.split()) + WARNINGS.get(name, "")
-                    found.append(Message(file, call.lineno, kind, form))
+                    found.append(Message(file, kind, form))
     return found, unread
 
 
@@ -154,7 +160,10 @@ class _Module:
         if isinstance(node, ast.Constant):
             return [node.value] if isinstance(node.value, str) else []
         if isinstance(node, ast.JoinedStr):
-            return ["".join(map(self._part, node.values))]
+            texts = [""]
+            for value in node.values:
+                texts = [text + part for text in texts for part in self._parts(value)]
+            return [re.sub(r"\b[A-Z_]{2,}(?=[a-z])", GAP, text) for text in texts]
         if isinstance(node, ast.IfExp):
             return self._all([node.body, node.orelse], function, depth)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -187,11 +196,20 @@ class _Module:
             return [f for each in found for f in each or ()] or None
         return None
 
-    def _part(self, node: ast.expr) -> str:
-        """What stands for a part of an f-string."""
+    def _parts(self, node: ast.expr) -> list[str]:
+        """What may stand for a part of an f-string."""
         if isinstance(node, ast.Constant):
-            return str(node.value)
+            return [str(node.value)]
         assert isinstance(node, ast.FormattedValue)
+        if isinstance(node.value, ast.IfExp):
+            either = (node.value.body, node.value.orelse)
+            words = [each.value for each in either if isinstance(each, ast.Constant)]
+            if len(words) == 2:
+                return list(map(str, words))
+        return [self._named(node)]
+
+    def _named(self, node: ast.FormattedValue) -> str:
+        """What stands for a value: its name in capitals, or the text of a constant."""
         value = node.value
         if isinstance(value, ast.Call) and ast.unparse(value.func) in ("str", "shown", "_word"):
             value = value.args[0]
@@ -225,8 +243,8 @@ class _Module:
         return None if None in found else [form for each in found for form in each or ()]
 
 
-def causes() -> dict[str, dict[str, str]]:
-    """The tables of tools/error_causes.toml: of rooms, and of parts of messages."""
+def causes() -> dict[str, dict[str, Any]]:
+    """The tables of tools/error_causes.toml: rooms, others' messages, causes by a part of them."""
     return tomllib.loads(read_text(CAUSES))
 
 
@@ -244,6 +262,9 @@ def page() -> str:
     text = PAGE
     for room, found in rooms.items():
         text += f"## {room}\n\n{told['rooms'][room]}\n\n| message | cause |\n|---|---|\n"
+        text += "".join(
+            f"| {said} | {why} |\n" for said, why in told["foreign"].get(room, {}).items()
+        )
         for form, each in found.items():
             code = form.replace("|", "\\|").replace("`", "'")
             kind = "" if each.kind in ("InputError", "RecipeError") else f" ({each.kind})"

@@ -4,8 +4,10 @@ what is wrong.
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from dpfast.errors import InputError
 from dpfast.feed.loader import LoaderError
 
 PACKAGE = Path(__file__).parents[2] / "dpfast"
+ERRORS = PACKAGE.parent / "docs" / "reference" / "errors.md"
 # What a user does not see: Python keeps four kinds back, dpfast.data.pictures the last.
 UNSEEN = (
     *(DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning),
@@ -107,6 +110,17 @@ def check(case: Case) -> None:
     assert len(said.splitlines()) == 1, f"a message of none or several lines: {said!r}"
     assert said.isprintable(), f"a message that a terminal obeys: {said!r}"
     assert any(name in said for name in case.named), f"names none of {case.named}: {said!r}"
+    assert any(row.search(said) for row in explained()), f"no row of errors.md: {said!r}"
+
+
+@functools.cache
+def explained() -> list[re.Pattern[str]]:
+    """A pattern for each message on the page of errors: its fixed words in their order."""
+    rows = re.findall(r"^\| (.*?) \| ", ERRORS.read_text(encoding="utf-8"), re.MULTILINE)
+    forms = [form for row in rows for form in re.findall(r"`([^`]+)`", row)]
+    fixed = [re.split(r"\.\.\.|\b[A-Z][A-Z_]+\b", form.replace("\\|", "|")) for form in forms]
+    long = [parts for parts in fixed if len("".join(parts)) >= 8]
+    return [re.compile(".*".join(map(re.escape, parts))) for parts in long]
 
 
 def _ours(warning: warnings.WarningMessage) -> bool:
