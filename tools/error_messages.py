@@ -34,7 +34,7 @@ MAKERS = {
 WARNINGS = {"warn": "", "unsaved": ": ERROR; ..."}
 # Words by which a message says what would be right.
 SAYS_IT = re.compile(
-    r"expected|; |\bsay |\buse |choose|must |needs? |lacks|\bhas no\b|no such|at least|at most"
+    r"expected|; |has neither|\bsay |\buse |choose|must |needs? |lacks|\bhas no\b|no such|at least|at most"
     r"|stands? in it twice|is not installed|takes no"
 )
 # Messages whose words come from another process, or through a collective.
