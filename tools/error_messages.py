@@ -34,8 +34,8 @@ MAKERS = {
 WARNINGS = {"warn": "", "unsaved": ": ERROR; ..."}
 # Words by which a message says what would be right.
 SAYS_IT = re.compile(
-    r"expected|; |has neither|\bsay |\buse |choose|must |needs? |lacks|\bhas no\b|no such|at least|at most"
-    r"|stands? in it twice|is not installed|takes no"
+    r"expected|; |\bsay |\buse |choose|must |needs? |lacks|\bhas no\b|no such|at least|at most"
+    r"|has neither|stands? in it twice|is not installed|takes no"
 )
 # Messages whose words come from another process, or through a collective.
 ELSEWHERE = {
@@ -163,7 +163,8 @@ class _Module:
             texts = [""]
             for value in node.values:
                 texts = [text + part for text in texts for part in self._parts(value)]
-            return [re.sub(r"\b[A-Z_]{2,}(?=[a-z])", GAP, text) for text in texts]
+            glued = [re.sub(r"\0[A-Z_]+\0(?=[a-z])", GAP, text) for text in texts]
+            return [text.replace("\0", "") for text in glued]
         if isinstance(node, ast.IfExp):
             return self._all([node.body, node.orelse], function, depth)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -209,7 +210,7 @@ class _Module:
         return [self._named(node)]
 
     def _named(self, node: ast.FormattedValue) -> str:
-        """What stands for a value: its name in capitals, or the text of a constant."""
+        """What stands for a value: a constant, or its name in capitals between nulls."""
         value = node.value
         if isinstance(value, ast.Call) and ast.unparse(value.func) in ("str", "shown", "_word"):
             value = value.args[0]
@@ -222,7 +223,7 @@ class _Module:
                 if each and last in each.constants:
                     return each.constants[last]
             return GAP
-        return last.strip("_").upper() if len(last) > 1 else GAP
+        return f"\0{last.strip('_').upper()}\0" if len(last) > 1 else GAP
 
     def _assigned(self, name: str, function: ast.AST, depth: int) -> list[str] | None:
         values = []
