@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(dispatch.INTERPRETED, reason="describes a process outside the interpreter"),
 ]
 MOST = 25e6  # bytes of either file
-SHORT = "--initial-samples 40 --round-samples 20 --maximum-samples 60 --iterations 6 --steps 2"
+SHORT = "--initial-samples 40 --round-samples 20 --maximum-samples 60 --iterations 12"
+SHORT += " --evaluate-every 4"
 # What an environment adds to the packages of this one, not taking what is editable here.
 PATHS = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
@@ -60,7 +62,7 @@ class Installed(NamedTuple):
     def dpfast(self, words: str) -> str:
         """What a command prints. It names no file of the checkout, and leaves the package alone."""
         before = self.files()
-        ended = ran([str(self.bin / "dpfast"), *words.split()], self.user)
+        ended = ran([str(self.bin / "dpfast"), *shlex.split(words)], self.user)
         told = ended.stdout + ended.stderr
         assert ended.returncode == 0, (words, told)
         assert str(ROOT) not in told
@@ -140,7 +142,7 @@ def test_the_demo_runs_and_reports_from_the_wheel(installed):
 
 def test_the_benchmarks_measure_and_tell_from_the_wheel(installed, tmp_path):
     here = installed._replace(user=tmp_path)
-    told = here.dpfast("bench ops --only 256 --rounds 1 --device cpu --record")
+    told = here.dpfast("bench ops --only '256 x 10' --rounds 1 --device cpu --record")
     assert "| entropy_and_grad: 256 x 10 fp32 | fresh | eager |" in told
     assert "the tests are part of a checkout and do not run" in told
     assert (tmp_path / "ops.jsonl").read_text(encoding="utf-8").count('"version": "0.1.0"') == 2
