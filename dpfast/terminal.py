@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 EVERY = 60.0  # seconds between two lines on a piece of work, where no bar can be
 NARROWEST = 20  # columns
+PIECES = 3  # of a table below each other; one of more is read more easily row by row
 MARKDOWN = re.compile(r"^\|.*\n\|[-:| ]+\|(?:\n\|.*)*", re.MULTILINE)  # a table
 BAR = re.compile(r"(?<!\\)\|")  # between two cells
 
@@ -52,6 +53,20 @@ def fitted(text: str, columns: int | None) -> str:
     return "\n".join(made)
 
 
+def _row_by_row(rows: Sequence[Sequence[str]]) -> str:
+    """Returns each row as its first cell and, below it, the others that are not empty, with their
+    heads.
+    """
+    heads, *body = rows
+    wide = max(map(len, heads))
+    made = []
+    for first, *others in body:
+        cells = zip(heads[1:], others, strict=True)
+        made.append(first or heads[0])
+        made += [f"  {head.ljust(wide)}  {cell}" for head, cell in cells if cell.strip()]
+    return "\n".join(made)
+
+
 def _laid_out(markdown: str, columns: int) -> str:
     rows = [BAR.split(line)[1:-1] for line in markdown.split("\n")]
     rows = [[cell.strip().replace("\\|", "|") for cell in row] for row in (rows[0], *rows[2:])]
@@ -73,7 +88,7 @@ def table(
     columns: int | None = None,
 ) -> str:
     """Returns rows of cells in columns. Those that do not fit beside the first one stand below,
-    with the first one again.
+    with the first one again; where that made more than ``PIECES`` tables, row stands below row.
 
     rows: of equal length, the heads first; left: the columns whose cells stand on the left;
     rule: whether a line follows the heads; columns: of the terminal, None: all in one piece.
@@ -88,6 +103,8 @@ def table(
             room = sys.maxsize if columns is None else columns - widths[0]
         pieces[-1].append(index)
         room -= needs
+    if len(pieces) > PIECES:
+        return _row_by_row(rows)
     made = []
     for piece in pieces or [[0]]:
         lines = []

@@ -48,6 +48,25 @@ def test_columns_that_do_not_fit_stand_below_with_the_first_one_again():
     assert terminal.table(ROWS, rule=True, columns=27) == whole
 
 
+def test_a_table_of_more_than_three_pieces_goes_row_by_row():
+    rows = [("case", "median ms", "target"), ("first", "1", ""), ("second", "2", "3x")]
+    wide = [[*row, *row[1:], *row[1:]] for row in rows]
+    assert terminal.table([row[:2] for row in rows], columns=20) == "case    median ms\n" + (
+        "first           1\nsecond          2"
+    )
+    assert terminal.table(wide, columns=20).splitlines()[:4] == [
+        "first",
+        "  median ms  1",
+        "  median ms  1",
+        "  median ms  1",
+    ]
+    assert terminal.table(wide, columns=20).splitlines()[4:7] == [
+        "second",
+        "  median ms  2",
+        "  target     3x",
+    ]
+
+
 def test_markdown_is_laid_out_on_a_terminal_and_stays_in_a_file():
     text = "of all\n\n| case | dpfast |\n|---|---|\n| a \\| b | 3.00x |\n| c | |\n\nthe end"
     assert terminal.fitted(text, 40) == (

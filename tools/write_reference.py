@@ -28,8 +28,8 @@ RECIPE = f"""{WRITTEN}
 # The fields of a recipe
 
 A recipe is a TOML file with up to five sections. Every field has a default, so that a file says
-only what is its own; the files in `dpfast/recipes` are examples. Before any work starts each value
-is checked, and an error names the field, its value and what was expected.
+only what is its own. `dpfast init my.toml` writes one to start from. Before any work starts each
+value is checked, and an error names the field, its value and what was expected.
 
 - On a command line every field but `name` is an option with its section's name,
   `--guidance.omega 0.05`. The last word alone, `--omega 0.05`, is enough where one section has it.

@@ -23,7 +23,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "suite",
         metavar="SUITE",
-        help="ops, pool, ...; dpfast bench ops --help lists the options",
+        help="what is measured: ops, pool, loader, sampler, learner, ...; one that is none lists "
+        "all; dpfast bench ops --help tells its options",
     )
     options = parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the suite")
     options.required = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from dpfast.cli import Next, add_device, page_of
 from dpfast.cli.parser import Commands, add_command
 from dpfast.extras import require
+from dpfast.terminal import say
 
 
 def add(commands: Commands) -> None:
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> Next:
         device=device,
         accuracy=arguments.accuracy,
         group_by=arguments.group_by,
-        tell=print,
+        tell=say,
     )
     print(f"Report: {page}")
     return Next(("the page in a browser", page_of(page)))

@@ -167,7 +167,10 @@ def _next(arguments: argparse.Namespace, spec: RunSpec) -> Next:
         words = [word for word in arguments.words if word != "--dry-run"]
         return Next(("the run", [*launched(launch.world_size()), *words]))
     recipe, out = spec.recipe, spec.out
-    steps = [("the page of this run in a browser", page_of(out / "index.html"))]
+    page = out / "index.html"
+    steps = [("the page of this run in a browser", page_of(page))]
+    if not there(page):  # the disk was full
+        steps = [("the page of this run", ["dpfast", "report", str(out)])]
     if recipe.practice.generates:
         omega = recipe.guidance.omega or Recipe().guidance.omega
         words = recipe_words(arguments, *FIELDS, "guidance.anchor")
@@ -177,8 +180,8 @@ def _next(arguments: argparse.Namespace, spec: RunSpec) -> Next:
         steps.append(("images that its learner guides", ["dpfast", "sample", *words]))
     runs = _runs_beside(out)
     if len(runs) > 1:
-        page = str(out.parent / "report")
-        steps.append(("the runs on one page", ["dpfast", "report", *runs, "--out", page]))
+        words = [*runs, "--out", str(out.parent / "report")]
+        steps.append(("the runs on one page", ["dpfast", "report", *words]))
     return Next(*steps)
 
 

@@ -67,6 +67,7 @@ def test_after_a_run_come_its_page_its_learners_images_and_the_runs_beside_it(tm
         folder.mkdir(parents=True)
     for folder in (out, out.with_name("strong")):
         (folder / "recipe.json").write_text("{}")
+    (out / "index.html").touch()
     arguments = parsed(
         f"run fashion --omega 0.1 --steps 8 --sources dp --out {shlex.quote(str(out))}"
     )

@@ -23,6 +23,7 @@ def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_com
     real_folder,  # noqa: F811
     tmp_path,
     monkeypatch,
+    capsys,
 ):
     short = with_(
         recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45
@@ -32,13 +33,25 @@ def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_com
     run, branch = tmp_path / "run", tmp_path / "branch"
     monkeypatch.setattr(page, "write_report", full)
     options = ["--branch-at", "0", "--branch-from", str(run)]
-    for asked, out, more in ((short, run, []), (long, branch, options)):
+    for asked, out, more in ((short, run, ["--quiet"]), (long, branch, options)):
         monkeypatch.setattr(command, "recipe_of", lambda _, asked=asked: asked)
         with pytest.warns(SaveWarning) as caught:
-            assert main(["run", "fashion", "--quiet", "--out", str(out), *more]) == 0
+            assert main(["run", "fashion", "--out", str(out), *more]) == 0
         (said,) = {str(warning.message) for warning in caught}
         assert said.startswith("the report is not complete: [Errno 28]")
         assert said.endswith(f"with room 'dpfast report {out}' makes it")
+        printed, beside = capsys.readouterr()
+        if asked is short:  # quiet: the table alone
+            assert beside == ""
+            assert printed.startswith("\nsource  samples")
+            continue
+        assert "\r" not in printed + beside  # no terminal, no bar
+        lines = [line for line in printed.splitlines() if " | " in line]
+        assert len(lines) >= 2
+        assert max(map(len, lines)) <= 80
+        told = beside.splitlines()
+        assert told[:2] == ["Next, the page of this run:", f"  dpfast report {out}"]
+        assert told[-1] == f"  dpfast report {out} {run} --out {tmp_path / 'report'}"
     born, now = (
         json.loads((branch / name).read_text())["learner"]["warmup"]
         for name in ("born.json", "recipe.json")
