@@ -21,8 +21,16 @@ def screen():
     termios.tcsetwinsize(theirs, (24, 60)) if sys.version_info >= (3, 11) else os.system(
         f"stty cols 60 rows 24 < {os.ttyname(theirs)}"
     )
+
+    def shown():
+        stream.flush()
+        text = ""
+        while not text.endswith("\n"):  # it comes in parts
+            text += os.read(ours, 100_000).decode()
+        return text
+
     with os.fdopen(theirs, "w", encoding="utf-8") as stream:
-        yield stream, lambda: (stream.flush(), os.read(ours, 100_000).decode())[1]
+        yield stream, shown
     os.close(ours)
 
 
