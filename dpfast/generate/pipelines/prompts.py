@@ -246,7 +246,9 @@ def tokenizer(folder: PipelineFolder, part: str, named: str) -> Any:
     whole = files.pop("tokenizer_file", "tokenizer.json")
     parts = list(files.values()) or ["tokenizer.model"]
     if not there(place / whole) and not all(there(place / name) for name in parts):
-        raise folder.lacking(f"{part!r} has neither {whole} nor {' and '.join(parts)}", part)
+        raise folder.lacking(
+            f"{part!r} has no words: expected {whole}, or {' and '.join(parts)}", part
+        )
     try:
         return kind.from_pretrained(place)
     except Exception as error:  # tokenizers raises its own

@@ -170,7 +170,9 @@ def test_a_tokenizer_without_its_words_is_refused(family, words, request, tmp_pa
     """transformers makes one that knows no word, and every prompt would be the same."""
     copied = shutil.copytree(request.getfixturevalue(family), tmp_path / "copied")
     (copied / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=f"'tokenizer' has neither tokenizer.json nor {words}$"):
+    with pytest.raises(
+        InputError, match=f"'tokenizer' has no words: expected tokenizer.json, or {words}$"
+    ):
         Pipeline.from_pretrained(copied, class_names=NAMES)
 
 
