@@ -290,6 +290,14 @@ def test_decoders(pipeline_folder, pixel_folder, broken):
         Pipeline.from_pretrained(broken)
 
 
+def test_timesteps_between_those_of_training_are_refused_where_there_are_tables(tmp_path):
+    folder = tiny_pipelines.dit(tmp_path / "dit")
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="linspace")
+    scheduler.save_pretrained(folder / "scheduler")
+    with pytest.raises(InputError, match=r"solver = 'euler': in 3 steps it stops between the time"):
+        Pipeline.from_pretrained(folder).table(3, solver="euler")
+
+
 def test_dtype_and_attention_are_checked(pipeline_folder):
     with pytest.raises(
         InputError, match=r"dtype = 'torch\.int8': expected one of float32, bfloat16, float16"
