@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 
 NAMES = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 
@@ -86,9 +87,12 @@ class Page:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
-            self.events.append(self._next())
+        url = path.resolve().as_uri()
+        assert "errorText" not in self.call("Page.navigate", url=url), url
+        # not by its event: that of the blank page before may come late
+        here = f"location.href === {json.dumps(url)} && document.readyState === 'complete'"
+        while not self.evaluate(here):
+            time.sleep(0.02)
 
     def evaluate(self, expression):
         return self.call(
