@@ -1,18 +1,24 @@
-"""The ablation of the sampler in FLOPs at the sizes that people use, derived on meta tensors:
-`dpfast bench flops`.
+"""The FLOPs of guided samples, derived on meta tensors: `dpfast bench flops`.
+
+Published models at the sizes that people use, or one of yours by `--pipeline FOLDER`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from benchmarks.harness.arguments import new_parser
+from dpfast.config import Generator
+from dpfast.errors import InputError
 from dpfast.hardware.peaks import samples_per_second
+from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.methods import (
     PREDECESSOR,
     Method,
     PartFlops,
+    beside_vit,
     dit_xl_2,
     flux,
     pixart_sigma,
@@ -89,11 +95,10 @@ COLUMNS = (
 )
 
 
-def of_families() -> str:
-    """Markdown: a row for each model with the steps that its card asks for, in TFLOP."""
+def of_families(families: Iterable[tuple[PartFlops, Method]]) -> str:
+    """Markdown: a row for each model with the steps that it is asked for, in TFLOP."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for make, method in FAMILIES:
-        parts = make()
+    for parts, method in families:
         with_cfg = method.steps if method.cfg_steps is None else method.cfg_steps
         numbers = (
             parts.denoiser.forward,
@@ -105,14 +110,62 @@ def of_families() -> str:
         cells = [
             parts.name,
             f"{method.steps + with_cfg}, {method.guided}",
-            *(f"{number / 1e12:.2f}" for number in numbers),
+            *(_tera(number) for number in numbers),
             f"{method.ratio(parts):.2f}x",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _tera(flops: float) -> str:
+    """A count in TFLOP, of a small model in three digits."""
+    tera = flops / 1e12
+    return f"{tera:.2f}" if tera >= 0.01 else f"{tera:.3g}"
+
+
+def of_folder(generator: Generator, guided: int) -> tuple[PartFlops, Method]:
+    """The parts of a folder, or of a published name, from its configurations alone. Without an
+    unconditional prediction it makes one prediction a step.
+    """
+    pipeline = pipeline_of(generator)
+    cfg_steps = None if pipeline.denoiser.null_label is not None else 0
+    channels, height, width = pipeline.image_shape
+    title = f"{Path(generator.pipeline).name}, {channels} x {height} x {width}"
+    method = Method(steps=generator.steps, guided=guided, cfg_steps=cfg_steps)
+    return beside_vit(title, pipeline), method
+
+
 def main(arguments: list[str] | None = None) -> int:
-    new_parser("flops", __doc__).parse_args(arguments)
-    say(f"{table()}\n\n{of_families()}")
+    parser = new_parser("flops", __doc__)
+    parser.add_argument(
+        "--pipeline",
+        metavar="FOLDER",
+        help="count this folder of a diffusers pipeline, or this name, in place of the table",
+    )
+    parser.add_argument(
+        "--class-names",
+        metavar="A,B",
+        default="",
+        help="of a FOLDER that names none; how many they are costs nothing",
+    )
+    parser.add_argument("--height", type=int, default=0, help="of the images; 0: the folder's")
+    parser.add_argument("--width", type=int, default=0, help="of the images; 0: the folder's")
+    parser.add_argument("--steps", type=int, default=20, help="of a sample (default 20)")
+    parser.add_argument("--guided", type=int, default=4, help="of these steps (default 4)")
+    options = parser.parse_args(arguments)
+    if options.pipeline is None:
+        say(f"{table()}\n\n{of_families((make(), method) for make, method in FAMILIES)}")
+        return 0
+    if not 0 <= options.guided <= options.steps:
+        wanted = f"at most steps = {options.steps}, and at least 0"
+        raise InputError(f"guided = {options.guided}: expected {wanted}")
+    names = tuple(name for name in options.class_names.split(",") if name)
+    generator = Generator(
+        pipeline=options.pipeline,
+        class_names=names,
+        height=options.height,
+        width=options.width,
+        steps=options.steps,
+    )
+    say(of_families([of_folder(generator, options.guided)]))
     return 0

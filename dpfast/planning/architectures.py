@@ -429,6 +429,7 @@ def _square(name: str, height: int, width: int) -> int | None:
     return height or None
 
 
-def vit_b_16(classes: int = 1000) -> nn.Module:
+def vit_b_16(classes: int = 1000, channels: int = 3) -> nn.Module:
     """Returns ViT-B/16 at 224 px (Dosovitskiy et al. 2020), on the device of the context."""
-    return build_learner("transformers:ViTForImageClassification", classes=classes, channels=3)
+    model = "transformers:ViTForImageClassification"
+    return build_learner(model, classes=classes, channels=channels)

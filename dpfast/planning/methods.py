@@ -108,9 +108,14 @@ def dit_xl_2(pixels: int = 256) -> PartFlops:
 
 
 def _parts(title: str, name: str, pixels: int) -> PartFlops:
+    return beside_vit(title, published(name, pixels))
+
+
+def beside_vit(title: str, pipeline: Pipeline) -> PartFlops:
+    """Returns the parts of a pipeline on the meta device, with ViT-B/16 as the learner."""
     with META:
-        learner = frozen(vit_b_16())
-    return parts_of(title, published(name, pixels), learner, 224)
+        learner = frozen(vit_b_16(channels=pipeline.image_channels))
+    return parts_of(title, pipeline, learner, 224)
 
 
 def parts_of(title: str, pipeline: Pipeline, learner: nn.Module, side: int) -> PartFlops:
