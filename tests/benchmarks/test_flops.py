@@ -21,8 +21,7 @@ def test_a_folder_whose_guidance_is_embedded_makes_one_prediction_a_step(flux_fo
     parts, method = flops.of_folder(generator, 2)
     assert method.unguided(parts) == 6 * parts.denoiser.forward + parts.decoder.forward
     (row,) = flops.of_families([(parts, method)]).splitlines()[2:]
-    assert row.startswith(f"| {flux_folder.name}, 3 x ")
-    assert "| 6, 2 |" in row
+    assert row.startswith(f"| {flux_folder.name}, 1 x 256 x 256 | 6, 2 |")
 
 
 def test_more_guided_steps_than_steps_are_refused(capsys):
