@@ -39,8 +39,8 @@ def train(images, labels, classes: int, steps: int) -> diffusers.DDIMPipeline:
 def main(folder: str, out: str, training: int = 500, **sizes: int) -> list[dpfast.Result]:
     """Returns the results of "dp" and "static"; sizes: fields of the recipe."""
     torch.manual_seed(0)
-    names, model = sorted(each.name for each in Path(folder).iterdir()), Path(out) / "model"
-    files = open_folder(Path(folder), names, (3, 16, 16), ids=None)
+    names = sorted(each.name for each in Path(folder).iterdir() if each.is_dir())
+    files, model = open_folder(Path(folder), names, (3, 16, 16), ids=None), Path(out) / "model"
     halves = dpfast.RealData.split(*map(torch.cat, zip(*files.batches(), strict=True)), names)
     train(halves.test.images, halves.test.labels, len(names), training).save_pretrained(model)
     (model / "class_names.json").write_text(json.dumps(names), encoding="utf-8")

@@ -94,6 +94,7 @@ def test_a_folder_of_images_of_one_s_own_makes_a_generator_and_a_run(tmp_path, p
     exec(compile(block, "README.md", "exec"), {})
     sizes = {"initial_samples": 10, "round_samples": 5, "maximum_samples": 15, "iterations": 20}
     sizes |= {"steps": 2, "evaluate_every": 1, "yardstick_samples": 5}
+    (images / ".DS_Store").touch()  # what a file manager leaves there is no class
     results = example("own_images").main(str(images), str(tmp_path / "out"), 3, **sizes)
     prints("own_images")
     assert [len(result.pool) for result in results] == [15, 15]

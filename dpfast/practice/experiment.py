@@ -688,6 +688,8 @@ def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     """Returns the callbacks of a list. Raises ``InputError`` for other things."""
     _check_list("callbacks", callbacks, "dpfast.Callback")
     for each in callbacks:
+        if isinstance(each, type):
+            raise InputError(f"callbacks: {each.__name__} is a class, expected an object of it")
         if not isinstance(each, Callback):
             raise InputError(f"callbacks: a {type(each).__name__} is no dpfast.Callback")
     return tuple(callbacks)

@@ -120,6 +120,7 @@ class Bare(NoSamples):
             r"criterion fails on logits of shape \(2, 3\): index 7",
         ),
         ({"loader": "torch"}, "loader is a str: expected a function"),
+        ({"callbacks": [Callback]}, "callbacks: Callback is a class, expected an object of it"),
         ({"callbacks": [print]}, "callbacks: a builtin_function_or_method is no dpfast.Callback"),
         ({"sources": []}, "sources: expected one or more"),
         ({"sources": ["mine"]}, "sources: 'mine': expected a Source, or one of dp, static"),
