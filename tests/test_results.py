@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import tables
+from benchmarks.studies.anchored_tables import interval
 from benchmarks.systems import models
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,28 @@ def test_the_study_is_that_of_its_lines():
     assert 8000 // reached[0] == 8
     assert "8x fewer, in 0.30 of the seconds" in README
     assert "with 8 times fewer samples" in PAGE
+
+
+def test_what_an_anchor_brings_is_that_of_the_study():
+    lines = [
+        each
+        for each in records("anchored")
+        if (each["part"], each["size"], each["seed"] > 2) == ("confirmation", 2000, True)
+    ]
+    of = {
+        kind: {each["seed"]: 100 * each["test_accuracy"] for each in lines if each["kind"] == kind}
+        for kind in ("dp", "anchored")
+    }
+    seeds = sorted(of["dp"].keys() & of["anchored"].keys())
+    assert len(seeds) == 12
+    mean, low, high = interval([of["anchored"][seed] - of["dp"][seed] for seed in seeds])
+    text = " ".join(PAGE.split())
+    assert f"gain {mean:+.2f} points on plain dp's best" in text
+    assert f"interval from {low:.2f} to {high:+.2f}" in text
+    agreed = {cells[0]: cells[3] for cells in rows(RECORDS, "## Guidance\n")}
+    for form, said in (("kappa 1", "92.2 % of the"), ("kappa 0 (paper)", "and 81.6 % without")):
+        assert said in text
+        assert agreed[form].startswith(re.findall(r"[\d.]+", said)[0])
 
 
 def test_three_seeds_of_the_demo_are_those_of_the_lab_record():
