@@ -270,7 +270,7 @@ def _law(name: str, points: Sequence[Point], weights: _Weights) -> Law:
     law = Law(name=name, source=points[0].source, points=tuple(points), notes=tuple(notes))
     sizes = len({point.samples for point in used})
     if sizes < SIZES:
-        return replace(law, reason=f"runs of {sizes} size(s), {SIZES} are needed")
+        return replace(law, reason=f"runs of {sizes} of the {SIZES} sizes that it needs")
     a, b = _fits(used, weights)
     exponent = _interval(b, len(_seeds(used)))
     if exponent.value <= 0:

@@ -86,7 +86,8 @@ def write_report(
         accuracy: "test" or "validation", of which power laws are fitted.
         group_by: fields of the recipe by which the runs of a source are told apart there; None: all
         but sizes and seed.
-        tell: called with each exponent and factor, and each run that is not in the fits, in words.
+        tell: called with the table of results, then in words with what it says, each exponent and
+        factor, and each run that is not in the fits.
 
     Raises ``InputError`` where no path is a run, for runs on different real images, a study that
     cannot be read, or a field that no run has.
@@ -122,7 +123,9 @@ def write_report(
     body.append(tables.laws(laws, saved))
     for text in missing:
         body.append(f'<p class="note">Not in these fits: {html.escape(text)}</p>')
-    for text in (*tables.sentences(laws, saved), *(f"not in the fits: {text}" for text in missing)):
+    tell(tables.results_text(runs))
+    told = [lead(points), *tables.sentences(laws, saved)]
+    for text in (*filter(None, told), *(f"not in the fits: {text}" for text in missing)):
         tell(text)
     body.append("<h2>Accuracy and cost</h2>")
     for name, caption in SWEPT.items():

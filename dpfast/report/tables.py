@@ -8,9 +8,10 @@ from typing import Any
 
 from dpfast.evaluate.measures import SHOTS
 from dpfast.pool.memory_tiers import readable
-from dpfast.report.laws import Law, Saving
+from dpfast.report.laws import SIZES, Law, Saving
 from dpfast.report.metrics import shots_text
 from dpfast.report.runs import Run
+from dpfast.terminal import table, width
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -27,6 +28,17 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def results(runs: list[Run]) -> str:
+    """Returns the accuracy of each source of each run."""
+    return "<h2>Results</h2>" + html_table(*_results(runs))
+
+
+def results_text(runs: list[Run]) -> str:
+    """Returns the same table for a terminal."""
+    header, rows = _results(runs)
+    return table([header, *rows], left=(0, 1), rule=True, columns=width())
+
+
+def _results(runs: list[Run]) -> tuple[tuple[str, ...], list[list[str]]]:
     rows = []
     for run in runs:
         for source in run.sources:
@@ -40,9 +52,8 @@ def results(runs: list[Run]) -> str:
                 str(m.get("additions", "-")),
             ]
             rows.append([run.path.name, source, *counts, *percent])
-    return "<h2>Results</h2>" + html_table(
-        ("run", "source", "samples", "iterations", "additions", "validation", "held-out"), rows
-    )
+    header = ("run", "source", "samples", "iterations", "additions", "validation", "held-out")
+    return header, rows
 
 
 def shots(runs: list[Run]) -> str:
@@ -111,13 +122,17 @@ def _saved(saved: Sequence[Saving]) -> str:
 
 
 def sentences(laws: Sequence[Law], saved: Sequence[Saving]) -> list[str]:
-    """Returns the sentences of ``laws`` for a terminal."""
+    """Returns the sentences of ``laws`` for a terminal. Where all runs together have too few sizes
+    nobody asked for a law, so that none is missed.
+    """
+    asked = len({size for law in laws for size in law.sizes}) >= SIZES
     found = [
         f"{law.name}: exponent {law.exponent.text(3)}, {len(law.points)} runs of "
         f"{len(law.sizes)} sizes"
         if law.exponent is not None
         else f"{law.name}: no power law, {law.reason}"
         for law in laws
+        if asked or law.exponent is not None
     ]
     return [*found, *(each.sentence() for each in saved)]
 

@@ -74,7 +74,7 @@ def test_too_little_for_a_law_or_an_interval_is_said():
         (law,) = fit_laws(given)
         sizes = len({point.samples for point in given})
         assert (law.exponent, law.factor) == (None, None)
-        assert law.reason == f"runs of {sizes} size(s), {SIZES} are needed"
+        assert law.reason == f"runs of {sizes} of the {SIZES} sizes that it needs"
         assert savings([law]) == []
     (law,) = fit_laws(points("dp", 1.5, 0.3, seeds=1))
     assert law.exponent == Interval(value=pytest.approx(0.3), reason="one seed")
@@ -95,7 +95,7 @@ def test_errors_of_nothing_are_named_and_not_fitted():
     assert law.exponent.value == pytest.approx(0.3)
     assert law.notes == ("3 of 18 runs have no error above 0, and are not in the fit",)
     (law,) = fit_laws([perfect])
-    assert law.reason == "runs of 0 size(s), 3 are needed"
+    assert law.reason == "runs of 0 of the 3 sizes that it needs"
 
 
 def test_a_law_that_may_be_flat_has_a_factor_without_an_interval():
