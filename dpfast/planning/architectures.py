@@ -331,13 +331,17 @@ def _unmasked(prompts: Tensor) -> Tensor:
     return prompts.new_zeros(len(prompts), 1, prompts.shape[1])
 
 
+def is_published(name: str) -> bool:
+    """Tells whether it is the name of a published architecture, and no folder."""
+    return name in PIXELS and not Path(name).is_dir()
+
+
 def pipeline_of(generator: Generator) -> Pipeline:
     """Returns the pipeline of a recipe's [generator], with its classes and its size of images.
     Raises ``InputError``.
     """
     names = class_names(generator)
-    is_published = generator.pipeline in PIXELS and not Path(generator.pipeline).is_dir()
-    source = generator.pipeline if is_published else folder_of(generator)
+    source = generator.pipeline if is_published(generator.pipeline) else folder_of(generator)
     prompts = None
     if generator.prompts:
         own = None if isinstance(source, str) else source.class_names(None)
@@ -374,7 +378,7 @@ def without_weights(
     with fused blocks, whose linear layers run in float8 where they can. Raises ``InputError`` as
     ``Pipeline.from_pretrained`` does, and for images of a published name that are no squares.
     """
-    if isinstance(source, str) and source in PIXELS and not Path(source).is_dir():
+    if isinstance(source, str) and is_published(source):
         pixels = _square(source, height, width)
         made = published(source, pixels, classes=classes or 1000, dtype=dtype, fused=float8)
         if float8 and not quantise(made.denoiser.model)[0]:  # type: ignore[attr-defined]

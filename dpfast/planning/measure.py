@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpfast.config import Recipe
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import predict
 from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
@@ -28,6 +29,7 @@ from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import Peaks, here
 from dpfast.learn.models import guiding, learner_factory
 from dpfast.learn.trainer import Trainer
+from dpfast.planning.architectures import is_published
 from dpfast.planning.fitting import fit, stages_of
 from dpfast.planning.without_generator import without_generator
 from dpfast.pool.pool import SamplePool
@@ -67,10 +69,17 @@ def measure(
 ) -> Timings:
     """Times the stages on the recipe's device, in at most about ``seconds`` beside loading.
 
-    pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
+    pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise, and
+    ``InputError`` for a published name, which has no weights.
     """
     generates = recipe.practice.generates
     if pipeline is None:
+        if generates and is_published(recipe.generator.pipeline):
+            raise InputError(
+                f"pipeline = {recipe.generator.pipeline!r}: a published model without weights, "
+                "which this machine cannot time; expected their folder, or OWNER/NAME of the Hub, "
+                "or a plan for a GPU such as 'h100'"
+            )
         device = device_named(recipe.device)
         pipeline = (
             load_pipeline(recipe.generator, device=device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpfast.config import Recipe
+from dpfast.errors import InputError
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import DEVICES
 from dpfast.learn.trainer import Trainer
@@ -79,3 +80,9 @@ def test_huge_batches_are_timed_in_small_ones(monkeypatch):
     assert 0 < max(sizes) < 1 << 15
     assert timings.training > 0
     assert all(", of " in note or "not timed" in note for note in timings.notes[:3])
+
+
+def test_a_published_name_has_no_weights_to_time():
+    """Said so, and not that no folder is called so: its plan for a GPU takes the same name."""
+    with pytest.raises(InputError, match=r"a published model without weights.*such as 'h100'"):
+        measure(Recipe.load("imagenet1k-sd15"))
