@@ -159,6 +159,9 @@ def _next(arguments: argparse.Namespace, recipe: Recipe, *, guided: bool) -> Nex
         words = without(arguments.words, "--out", "--omega", "--guidance.omega")
         guided_out = str(vacant(out.with_name(f"{out.name}-guided")))
         words += ["--omega", f"0,{Recipe().guidance.omega:g}", "--out", guided_out]
+        if recipe.generator.pipeline != Recipe().generator.pipeline:  # no embedded judge knows it
+            words += ["--learner", "FOLDER"]
+            return Next(("the same samples, guided by the learner of a run", ["dpfast", *words]))
         return Next(("the same samples, guided as well", ["dpfast", *words]))
     if arguments.learner is None:
         words = [*recipe_words(arguments), *folder_words(recipe)]

@@ -124,6 +124,12 @@ def test_samples_lead_to_guided_ones_those_to_a_learner_and_its_own_to_its_page(
     assert commands(sample._next(arguments, recipe, guided=True), capsys) == [
         "dpfast run fashion --steps 4"
     ]
+    # the embedded judge knows the embedded classes alone
+    own = parsed("sample --labels 1 --out s --pipeline sdxl --class-names cat,dog")
+    assert commands(sample._next(own, sample._recipes(own)[0], guided=False), capsys) == [
+        "dpfast sample --labels 1 --pipeline sdxl --class-names cat,dog --omega 0,0.05 "
+        "--out s-guided --learner FOLDER"
+    ]
     arguments = parsed("sample --labels 1 --out s --learner 'my run'")
     assert commands(sample._next(arguments, recipe, guided=True), capsys) == [
         "dpfast report 'my run'"

@@ -94,7 +94,7 @@ class PipelineFolder:
         self.elsewhere[part] = path
         named = self.config(part).get("_class_name")
         if named != kind:
-            raise InputError(f"{part} = {str(source)!r}: a {named}; expected an {kind}")
+            raise InputError(f"{part} = {str(source)!r}: {named}; expected {kind}")
 
     @property
     def name(self) -> str:

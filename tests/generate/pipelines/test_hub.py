@@ -224,7 +224,7 @@ def test_a_tiny_decoder_comes_from_elsewhere(cache, tmp_path):
         made.append(pipeline.guidance_decoder(latents))
     assert torch.equal(*made)
     for tiny, words in (
-        (folder / "vae", r"tiny_decoder = '.*vae': a AutoencoderKL; expected an AutoencoderTiny"),
+        (folder / "vae", r"tiny_decoder = '.*vae': AutoencoderKL; expected AutoencoderTiny"),
         (tmp_path / "none", r"tiny_decoder = '.*none': no such folder"),
         ("someone/other", r"tiny_decoder = 'someone/other': no such folder, and no model"),
         (folder, "'tiny_decoder' has no config"),

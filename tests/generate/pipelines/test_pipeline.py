@@ -286,7 +286,7 @@ def test_decoders(pipeline_folder, pixel_folder, broken):
     edit(broken / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     assert isinstance(Pipeline.from_pretrained(broken).decoder, TinyDecoder)
     edit(broken / "model_index.json", vae=["diffusers", "VQModel"])
-    with pytest.raises(InputError, match="'vae' is a VQModel; expected one of AutoencoderKL, "):
+    with pytest.raises(InputError, match="'vae' is VQModel; expected one of AutoencoderKL, "):
         Pipeline.from_pretrained(broken)
 
 

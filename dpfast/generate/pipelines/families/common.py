@@ -189,7 +189,7 @@ def decoder_of(
     named = str(folder.class_of("vae"))
     if named not in DECODERS:
         *others, last = DECODERS
-        raise folder.error(f"'vae' is a {named}; expected one of {', '.join(others)} and {last}")
+        raise folder.error(f"'vae' is {named}; expected one of {', '.join(others)} and {last}")
     model = in_format(autoencoder(folder, getattr(diffusers, named), "vae", options), options)
     if model.config.latent_channels != latent_channels:
         raise folder.error(
