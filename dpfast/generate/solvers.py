@@ -622,6 +622,11 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
         return own
     config = own.config
     kind = config.get("prediction_type", "epsilon")
+    if kind == FLOW:
+        raise refuse(
+            f"scheduler {name} with prediction_type = {FLOW!r} has no solver here; expected "
+            "FlowMatchEulerDiscreteScheduler, or DPMSolverMultistepScheduler with use_flow_sigmas"
+        )
     if not isinstance(kind, str) or kind not in PREDICTIONS:
         raise refuse(f"prediction_type = {kind!r}: expected one of {', '.join(PREDICTIONS)}")
     for option, wanted in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
