@@ -16,7 +16,7 @@ test: install  ## lint, types and all tests but the long ones
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile --benchmark-disable
 
-test-long: install  ## studies in short, experiments at every size, more kills of ranks: two minutes
+test-long: install  ## what takes longest: every family on two ranks, a wheel, the quickstart, the site in a browser
 	$(BIN)/pytest -m long
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
