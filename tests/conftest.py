@@ -1,8 +1,15 @@
 """Fixtures: tiny random pipeline folders, the embedded pipeline, and a small learner."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
+
+# What is printed into a file is not folded. readline, which pytest loads, tells the processes that
+# pytest starts of a terminal of 80 columns.
+os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 
 @pytest.fixture(scope="session")

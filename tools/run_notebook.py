@@ -64,7 +64,8 @@ def _outputs(code: Any, names: dict[str, Any]) -> list[Output]:
     printed = io.StringIO()
 
     def keep_text() -> None:
-        lines = printed.getvalue().splitlines(keepends=True)
+        printed.seek(0)
+        lines = list(printed)
         if lines:
             found.append({"name": "stdout", "output_type": "stream", "text": lines})
         printed.seek(0)

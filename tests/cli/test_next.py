@@ -82,7 +82,7 @@ def test_after_a_run_come_its_page_its_learners_images_and_the_runs_beside_it(tm
 
 
 def test_a_run_of_images_that_were_there_has_no_generator_to_sample(tmp_path, capsys):
-    arguments = parsed(f"run fashion --sources real --real x --out {tmp_path}")
+    arguments = parsed(f"run fashion --sources real --real x --out {tmp_path / 'run'}")
     assert len(commands(run._next(arguments, run.resolve(arguments)), capsys)) == 1
 
 

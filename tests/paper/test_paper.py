@@ -223,6 +223,7 @@ def test_a_folder_whose_definition_is_damaged_is_refused(small, capsys, text):
 
 def test_one_command_at_a_time_makes_the_runs_of_a_folder(small, capsys):
     assert small("--page", "--seeds", "0") == 0
+    capsys.readouterr()
     owner = Owner(small.out)
     try:
         assert small("--seeds", "0") == 2
