@@ -4,7 +4,7 @@
     dpfast bench anchored --tables
 
     selection      arms of every kind at the middle size; of each kind the one of the highest
-                   validation accuracy goes on
+                   validation accuracy goes on; static runs of the same seeds, for their gains
     confirmation   static, plain dp, dp with more CFG, anchored and prune on other seeds, at all
                    sizes, the middle one first; additions after the same steps (``add_at``) in all
     patience       the same arms at the middle size, each adding by its own patience
@@ -148,7 +148,7 @@ def runs(part: str, lines: Sequence[Line], design: Design) -> Iterator[Run]:
     """The runs of a part in their order, as far as ``lines`` say which they are."""
     middle = design.sizes[0]
     if part == "selection":
-        for kind in ("dp", "cfg", "anchored"):
+        for kind in ("dp", "cfg", "anchored", "static"):
             for name, fields in arms(kind, lines, design).items():
                 for seed in design.selection:
                     yield _run(part, kind, name, middle, seed, fields, design)

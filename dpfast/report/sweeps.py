@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -104,7 +104,7 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
     first.
 
     study: the records of ``dpfast bench anchored``, whose runs have gains over the static run of
-    the same seed and size.
+    the same seed and size, at the one size that most static runs have.
 
     Raises ``InputError`` for a file that is not there or cannot be read, and with its line for a
     value that is missing or of another kind.
@@ -112,6 +112,8 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
     gains: dict[tuple[float, float], list[float]] = defaultdict(list)
     points = [] if study is None else points_of_study(study)
     static = {_twin(p, study): p.accuracy for p in points if p.source == "static"}
+    size = Counter(samples for _, samples, _ in static).most_common(1)
+    static = {twin: accuracy for twin, accuracy in static.items() if twin[1] == size[0][0]}
     for point in points:
         usual = not point.fields.get("cfg_scale_rounds") and "add_at" in point.fields
         if point.source == "dp" and usual and _twin(point, study) in static:

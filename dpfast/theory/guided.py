@@ -104,7 +104,7 @@ def label_noise(beside: Sequence[LabelNoise], pruned: Sequence[tuple[float, floa
     denied.
     """
     cells = [made.cell for made in beside]
-    figure = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 4.3), layout="constrained", facecolor="white")
     known = any(cell.gains for cell in cells)
     labels, predicted, *measured = figure.subplots(1, 2 + known)
     x_label = "samples that the learner gets wrong, %"
@@ -154,9 +154,11 @@ def label_noise(beside: Sequence[LabelNoise], pruned: Sequence[tuple[float, floa
                 capsize=2,
                 color=color,
             )
-    labels.legend(frameon=False, fontsize=8, labelcolor="linecolor")
+    handles, _ = labels.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     for axes in (predicted, *measured):
         axes.axhline(0, color=MUTED, lw=0.8, zorder=0)
+        axes.set_xlim(left=0)
     text = "Gains over no guidance. Theory: d = 512, 2,048 kept, ridge 0.001 a kept sample."
     figure.suptitle(text, color=INK, fontsize=10, x=0.01, ha="left")
     return figure

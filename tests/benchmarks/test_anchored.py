@@ -60,7 +60,7 @@ def selected():
 
 def test_every_run_is_a_recipe_whose_rounds_make_its_samples(selected):
     lines = finished("patience", finished("confirmation", selected))
-    assert len(lines) == 3 * (3 + 2 + 6) + 5 * (12 + 4 * 6) + 4 * 6
+    assert len(lines) == 3 * (3 + 2 + 6 + 1) + 5 * (12 + 4 * 6) + 4 * 6
     for each in lines:
         practice = Recipe.load("fashion", **each["fields"]).practice
         assert practice.maximum_samples == each["size"]
@@ -177,7 +177,7 @@ def test_of_runs_that_share_unguided_samples_one_makes_them(tmp_path, monkeypatc
     kept.write_text("{}")
     after = anchored._next(("selection",), [], FULL, found[:1])
     assert found[0] not in after
-    assert [run.fields["seed"] for run in after].count(0) == 2 + 6  # other arms
+    assert [run.fields["seed"] for run in after].count(0) == 2 + 6 + 1  # other arms
 
 
 @pytest.mark.long
@@ -190,18 +190,18 @@ def test_a_short_study_resumes_and_repeats_its_lines(tmp_path, monkeypatch, caps
     command = ["--short", "--part", "selection", "--results", str(results)]
     assert anchored.main(command) == 0
     lines = anchored.read(results)
-    assert [each["kind"] for each in lines] == ["dp", "anchored"]
-    assert [each["samples"] for each in lines] == [80, 80]
+    assert [each["kind"] for each in lines] == ["dp", "anchored", "static"]
+    assert [each["samples"] for each in lines] == [80, 80, 80]
     assert [point[0] for point in lines[0]["curve"]] == [8, 11, 15, 18, 21, 25]
     assert lines[0]["births"]["added"]["samples"] == 60
     assert len(list((tmp_path / "runs" / "study").iterdir())) == 1
 
     # the run without a line is made again, by another worker and with its bits; the other is not
     kept = results.read_text().splitlines(keepends=True)
-    results.write_text(kept[0])
+    results.write_text(kept[0] + kept[2])
     assert anchored.main([*command, "--workers", "2"]) == 0
-    first, again = anchored.read(results)
-    assert first == lines[0]
+    first, other, again = anchored.read(results)
+    assert [first, other] == lines[::2]
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in lines[1].items() if "seconds" not in k
     }

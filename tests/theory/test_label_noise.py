@@ -123,6 +123,8 @@ def files(tmp_path):
         run("dp", 1, 0.76, omega=0.12, anchor=0.5),
         run("dp", 2, 0.9, omega=0.12, anchor=0.5),
         run("dp", 0, 0.9, omega=0.12, cfg_scale_rounds=[2.5]),
+        run("static", 0, 0.6, maximum_samples=50),  # the other size has more
+        run("dp", 0, 0.7, omega=0.12, maximum_samples=50),
     ]
     guidance.write_text("".join(json.dumps(each) + "\n" for each in cells))
     anchored.write_text("".join(json.dumps(each) + "\n" for each in runs))
