@@ -158,10 +158,10 @@ def runs(part: str, lines: Sequence[Line], design: Design) -> Iterator[Run]:
         for kinds in (KINDS[:-1], KINDS[-1:]):  # prune, the dearest, when the others are there
             for seed in design.seeds(size) if timed else design.few:
                 for kind in kinds:
-                    name = chosen(kind, lines, design)
-                    if name is not None and (timed or kind != "static"):  # which adds nothing
-                        fields = arms(kind, lines, design)[name]
-                        yield _run(part, kind, name, size, seed, fields, design)
+                    best = chosen(kind, lines, design)
+                    if best is not None and (timed or kind != "static"):  # which adds nothing
+                        fields = arms(kind, lines, design)[best]
+                        yield _run(part, kind, best, size, seed, fields, design)
 
 
 def _run(
