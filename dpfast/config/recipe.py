@@ -191,6 +191,10 @@ class Recipe(Section, name=""):
         branches = practice.keep_rounds and self.pool.save_samples == "none"
         wanted = "false with save_samples = 'none': a branch needs the samples"
         require(not branches, "keep_rounds", True, wanted)
+        alone = {self.generator.cfg_scale, *practice.cfg_scale_rounds} == {1}
+        wanted = "'' with cfg_scale = 1, which has no other prediction to lead away from"
+        negative = self.generator.negative_prompt
+        require(not (negative and alone), "negative_prompt", negative, wanted)
         for number in range(1, self.scheduled_rounds + 1):
             try:
                 self.of_round(number)
@@ -227,7 +231,8 @@ class Recipe(Section, name=""):
         return max(len(getattr(self.practice, f"{name}_rounds")) for name in BY_ROUND)
 
     def of_round(self, number: int) -> Recipe:
-        """Returns the recipe whose [guidance] and cfg_scale are those of one round.
+        """Returns the recipe whose [guidance] and cfg_scale are those of one round; where it is 1,
+        without the negative prompt, which is then of no use.
 
         Args:
             number: Number of the round; 0: the initial samples, for which no round's values hold.
@@ -244,9 +249,11 @@ class Recipe(Section, name=""):
             return self
         scale = given.pop("cfg_scale", self.generator.cfg_scale)
         cleared: dict[str, Any] = dict.fromkeys(schedules, ())
+        negative = self.generator.negative_prompt if scale != 1 else ""
+        generator = {"cfg_scale": scale, "negative_prompt": negative}
         return dataclasses.replace(
             self,
-            generator=dataclasses.replace(self.generator, cfg_scale=scale),
+            generator=dataclasses.replace(self.generator, **generator),
             guidance=dataclasses.replace(self.guidance, **given),
             practice=dataclasses.replace(self.practice, **cleared),
         )

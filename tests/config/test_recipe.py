@@ -89,6 +89,16 @@ def test_an_anchor_needs_no_cfg_where_nothing_is_guided():
             Recipe.load("fashion", **{**rounds, "omega_rounds": omegas})
 
 
+def test_a_negative_prompt_needs_cfg_in_some_round():
+    alone = {"negative_prompt": "blurry", "cfg_scale": 1.0}
+    for rounds in ({}, {"cfg_scale_rounds": (1.0,)}):
+        with pytest.raises(RecipeError, match=r"^negative_prompt = 'blurry': expected '' with cfg"):
+            Recipe.load("fashion", **alone, **rounds)
+    recipe = Recipe.load("fashion", **alone, cfg_scale_rounds=(1.0, 2.0))
+    made = [recipe.of_round(number).generator.negative_prompt for number in (0, 1, 2)]
+    assert made == ["", "", "blurry"]
+
+
 def test_an_unknown_recipe_lists_the_known_ones():
     with pytest.raises(RecipeError, match=r"'nosuch'.*fashion"):
         Recipe.load("nosuch")
