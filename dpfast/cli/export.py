@@ -51,15 +51,19 @@ def export(arguments: argparse.Namespace) -> Next:
     from dpfast.hardware.device import device_named
     from dpfast.pool.export import export_pool
     from dpfast.pool.importing import import_pool
+    from dpfast.terminal import Progress
 
     decode = decoder_of_run(arguments.run, device_named(arguments.device))
-    pool, classes = import_pool(
-        arguments.run,
-        decode=decode,
-        label_column=arguments.label_column,
-        split=arguments.split,
-    )
-    export_pool(pool, arguments.out, arguments.format, classes)
+    with Progress(None, "sample", "read") as bar:
+        pool, classes = import_pool(
+            arguments.run,
+            decode=decode,
+            label_column=arguments.label_column,
+            split=arguments.split,
+            done=bar.update,
+        )
+    with Progress(len(pool), "sample", "written") as bar:
+        export_pool(pool, arguments.out, arguments.format, classes, done=bar.update)
     print(f"{len(pool)} samples in {arguments.out}")
     words = ["dpfast", "run", _recipe(arguments.run), "--sources", "pool"]
     words += ["--pool-from", str(arguments.out)]

@@ -231,8 +231,9 @@ class Recipe(Section, name=""):
         return max(len(getattr(self.practice, f"{name}_rounds")) for name in BY_ROUND)
 
     def of_round(self, number: int) -> Recipe:
-        """Returns the recipe whose [guidance] and cfg_scale are those of one round; where it is 1,
-        without the negative prompt, which is then of no use.
+        """Returns the recipe whose [guidance] and cfg_scale are those of one round.
+
+        Where that scale is 1 it has no negative prompt, which is then of no use.
 
         Args:
             number: Number of the round; 0: the initial samples, for which no round's values hold.

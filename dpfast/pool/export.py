@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,21 @@ from dpfast.textfiles import to_json
 FORMATS = ("webdataset", "imagefolder", "parquet")
 BATCH = 1000  # samples in memory at a time, and in a row group
 FILE_SAMPLES = 50_000  # in one parquet file
+SHOWN = 1.0  # seconds between two looks at what a saver has on the disk
 
 
-def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | None = None) -> Path:
+def export_pool(
+    pool: SamplePool,
+    out: Path,
+    format: str,
+    classes: list[str] | None = None,
+    *,
+    done: Callable[[int], object] = lambda count: None,
+) -> Path:
     """Writes all samples of ``pool`` into the new or empty folder ``out``.
 
-    classes: names of the labels, for folder names and ``ClassLabel`` features.
+    classes: names of the labels, for folder names and ``ClassLabel`` features; done: called with
+    the number of samples of each part that was written.
     Raises ``InputError`` for a folder in use or that cannot be written, an unknown format, labels
     without a name, and a pool that the format cannot hold.
     """
@@ -69,28 +78,39 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
             f"shape {pool.shape}, {why}; choose webdataset or parquet"
         )
     try:
-        _write(pool, out, format, classes, pictures=pictures)
+        _write(pool, out, format, classes, done, pictures=pictures)
     except OSError as error:
         raise InputError(f"out = {str(out)!r}: {error}") from None
     return out
 
 
 def _write(
-    pool: SamplePool, out: Path, format: str, classes: list[str] | None, *, pictures: bool
+    pool: SamplePool,
+    out: Path,
+    format: str,
+    classes: list[str] | None,
+    done: Callable[[int], object],
+    *,
+    pictures: bool,
 ) -> None:
     if format == "webdataset":
         with Saver(pool, out, images="png" if pictures else "npy", classes=classes) as saver:
             saver.save()
-            if saver.wait() < len(pool):
-                raise InputError(f"out = {str(out)!r}: {saver.error}")
+            before = 0
+            while before < len(pool):
+                saved = saver.wait(SHOWN)
+                if saver.error is not None:
+                    raise InputError(f"out = {str(out)!r}: {saver.error}")
+                done(saved - before)
+                before = saved
     elif format == "imagefolder":
-        _write_images(pool, out / "train", classes)
+        _write_images(pool, out / "train", classes, done)
     else:
-        _write_parquet(pool, out, classes, pictures=pictures)
+        _write_parquet(pool, out, classes, done, pictures=pictures)
 
 
 def _rows(
-    pool: SamplePool, *, decoded: bool = False
+    pool: SamplePool, done: Callable[[int], object], *, decoded: bool = False
 ) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
     """Yields (first row, records, payloads) of BATCH samples at a time; payloads are image files,
     or rows of latents.
@@ -111,9 +131,12 @@ def _rows(
         else:
             files = list(payload)
         yield first, pool.records(first, first + len(rows)), files
+        done(len(rows))
 
 
-def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> None:
+def _write_images(
+    pool: SamplePool, folder: Path, classes: list[str] | None, done: Callable[[int], object]
+) -> None:
     suffix = "jpg" if pool.codec == "jpeg" else "png"
     folder.mkdir(parents=True)
 
@@ -128,7 +151,7 @@ def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> 
     with (folder / TABLE).open("w", encoding="utf-8") as table:
         if leading:
             table.write(to_json(line(pool.records(leading, leading + 1)[0], leading)) + "\n")
-        for first, records, files in _rows(pool, decoded=True):
+        for first, records, files in _rows(pool, done, decoded=True):
             for row, (record, data) in enumerate(zip(records, files, strict=True), first):
                 columns = line(record, row)
                 path = folder / columns["file_name"]
@@ -141,14 +164,19 @@ def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> 
 
 
 def _write_parquet(
-    pool: SamplePool, out: Path, classes: list[str] | None, *, pictures: bool
+    pool: SamplePool,
+    out: Path,
+    classes: list[str] | None,
+    done: Callable[[int], object],
+    *,
+    pictures: bool,
 ) -> None:
     arrow, parquet = arrow_modules()
     out.mkdir(parents=True, exist_ok=True)
     schema = _schema(arrow, pool, classes, pictures=pictures)
     count = -(-len(pool) // FILE_SAMPLES)
     writer = None
-    for first, records, payloads in _rows(pool):
+    for first, records, payloads in _rows(pool, done):
         if first % FILE_SAMPLES == 0:
             if writer is not None:
                 writer.close()

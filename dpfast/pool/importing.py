@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from dpfast.config import RECIPE_FILE, SOURCES
@@ -28,6 +29,7 @@ def import_pool(
     decode: codecs.Decode | None = None,
     label_column: str | None = None,
     split: str | None = None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> tuple[SamplePool, list[str] | None]:
     """Returns the samples of a folder in host memory, and the names of their classes where they are
     known.
@@ -42,18 +44,23 @@ def import_pool(
         decode: of a saved pool of latents, as of ``SamplePool``.
         label_column: of a dataset, the column, the key or the suffix in a tar that holds the label.
         split: of a dataset, "train", or "train+test" for several, where it has more than one.
+        done: called with the number of samples of each part of a dataset that was read.
 
     Raises ``InputError`` when ``folder`` is none of these, and where a sample, its label or its
     split is not understood.
     """
     try:
-        return _pool_of(folder, decode, label_column, split)
+        return _pool_of(folder, decode, label_column, split, done)
     except OSError as error:
         raise InputError(f"{str(folder)!r} cannot be read: {error}") from None
 
 
 def _pool_of(
-    folder: Path, decode: codecs.Decode | None, label_column: str | None, split: str | None
+    folder: Path,
+    decode: codecs.Decode | None,
+    label_column: str | None,
+    split: str | None,
+    done: Callable[[int], object],
 ) -> tuple[SamplePool, list[str] | None]:
     if not is_folder(folder):
         raise InputError(f"{str(folder)!r}: {'is no' if there(folder) else 'no such'} folder")
@@ -75,7 +82,7 @@ def _pool_of(
         return pool, classes
     if (folder / RECIPE_FILE).is_file():
         raise InputError(f"{str(folder)!r}: the run has saved no samples")
-    return _dataset(folder, label_column, split)
+    return _dataset(folder, label_column, split, done)
 
 
 def saved_pool(folder: Path) -> Path | None:
@@ -88,7 +95,7 @@ def saved_pool(folder: Path) -> Path | None:
 
 
 def _dataset(
-    folder: Path, label_column: str | None, split: str | None
+    folder: Path, label_column: str | None, split: str | None, done: Callable[[int], object]
 ) -> tuple[SamplePool, list[str] | None]:
     found = data_files(folder)
     packed, arrow, tables, images, others = (
@@ -103,7 +110,7 @@ def _dataset(
         raise InputError(
             f"{str(folder)!r} holds several datasets: {', '.join(kinds)}; name the folder of one"
         )
-    intake = Intake()
+    intake = Intake(done)
     if not found:
         if not (tables or images):
             raise InputError(

@@ -146,4 +146,4 @@ def open_stored(folder: Path, *, beat: Callable[[], None] = lambda: None) -> Sto
             return OnDisk(saved, beat=beat)
     except OSError as error:
         raise InputError(f"{str(folder)!r} cannot be read: {error}") from None
-    return InMemory(*import_pool(folder))
+    return InMemory(*import_pool(folder, done=lambda count: beat()))

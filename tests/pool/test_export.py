@@ -51,8 +51,11 @@ def test_there_and_back_is_exact(codec, format, tmp_path):
         with pytest.raises(InputError, match="choose webdataset or parquet"):
             export_pool(pool, tmp_path / "out", format)
         return
-    export_pool(pool, tmp_path / "out", format, CLASSES)
-    again, classes = import_pool(tmp_path / "out")
+    written, read = [], []
+    export_pool(pool, tmp_path / "out", format, CLASSES, done=written.append)
+    again, classes = import_pool(tmp_path / "out", done=read.append)
+    assert sum(written) == COUNT
+    assert sum(read) == (0 if format == "webdataset" else COUNT)  # shards are opened where they are
     assert (again.codec, classes) == (codec, CLASSES)
     assert again.records().tobytes() == pool.records().tobytes()
     everything = torch.arange(COUNT)

@@ -4,7 +4,7 @@ first alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,16 @@ class Intake:
     """A pool that grows; its codec is that of the first sample. JPEG files stay files, all other
     images become pixels.
 
+    done: called with the number of samples of each part that was taken in.
+
     Attributes:
         pool: the samples.
         classes: names of their labels, where they are known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, done: Callable[[int], object] = lambda count: None) -> None:
         self.pool = SamplePool()
+        self._done = done
         self.classes: list[str] | None = None
         self._named_by = ""
 
@@ -67,6 +70,7 @@ class Intake:
             for name, data in zip(names, files, strict=True):
                 read_header(data, name)  # the pool's own check knows no names
             self.pool.append_records(files, records)
+            self._done(len(files))
             return
         images: list[np.ndarray] = []
         for name, data in zip(names, files, strict=True):
@@ -77,6 +81,7 @@ class Intake:
                     f"{name} is of shape {images[-1].shape}, the images before it are {expected}"
                 )
         self.pool.append_records(torch.from_numpy(np.stack(images)), records)
+        self._done(len(images))
 
     def arrays(
         self, names: Sequence[str], arrays: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]
@@ -93,6 +98,7 @@ class Intake:
                     f"{before[0]} of shape {before[1]}"
                 )
         self.pool.append_records(torch.from_numpy(np.stack(arrays)), self._records(names, rows))
+        self._done(len(arrays))
 
     def _records(self, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> np.ndarray:
         """Returns the records of samples. Of a row that has all columns of dpfast all are read; of
