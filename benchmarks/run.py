@@ -43,6 +43,7 @@ TABLES = {
     "study": "benchmarks.studies.study",
     "anchored": "benchmarks.studies.anchored",
     "evidence": "benchmarks.studies.evidence",
+    "uses": "benchmarks.studies.uses",
     "theory": "benchmarks.cases.theory",
     "precision": "benchmarks.systems.precision",
     "learner": "benchmarks.systems.learner",
