@@ -1,6 +1,6 @@
 """Two uses of what a trajectory knows of its label, in the form of the study of anchored guidance.
 
-    dpfast bench uses              # six seeds of each; a line of benchmarks/results/uses.jsonl each
+    dpfast bench uses              # each run a line of benchmarks/results/uses.jsonl
     dpfast bench uses --tables     # beside plain and anchored runs of the same seeds
 
 Samples are guided as by plain dp's best arm; what is known of their labels is "path" of
@@ -11,8 +11,14 @@ Samples are guided as by plain dp's best arm; what is known of their labels is "
     drop     the evidence at birth: a ninth more of each class is made, and the samples of the
              least evidence in their class do not enter the pool
 
-A run that has a line is skipped. The plain and anchored runs are those of ``dpfast bench
-anchored``, whose record has to be there.
+and what tells the evidence from what it comes with:
+
+    random   kappa for a random half of each class in the place of the lower one
+    late     kappa for all samples, from half of the steps on
+    always   half of kappa for all samples in all guided steps
+
+All arms run six seeds; then all run the others of the study. A run that has a line is skipped. The
+plain and anchored runs are those of ``dpfast bench anchored``, whose record has to be there.
 """
 
 from __future__ import annotations
@@ -46,7 +52,7 @@ from dpfast.sources.guided_methods import FromNoise, GuidedRequest
 from dpfast.terminal import say
 
 RECORDS = RESULTS / "uses.jsonl"
-USES = ("kappa", "drop")
+USES = ("kappa", "drop", "random", "late", "always")
 KAPPA = 1.0
 MORE = 9  # one more sample for each so many of a class: a tenth of what is made
 FIRST_ID = 1 << 40  # of the samples beyond a round's own
@@ -57,14 +63,26 @@ Line = dict[str, Any]
 class Evidence:
     """Stands in for ``guided_step`` while samples are made, and sums the evidence of each.
 
-    labels: (B,) of the samples that are being made, None for others, which stay as they are; half:
-    the first step of the second half; path: (B,) of the last ones; anchors: whether they get one.
+    use: of ``USES``; labels: (B,) of the samples that are being made, None for others, which stay
+    as they are; half: the first step of the second half; path: (B,) of the last ones.
     """
 
-    def __init__(self, steps: int, *, anchors: bool = False) -> None:
-        self.half, self.anchors = steps // 2, anchors
+    def __init__(self, use: str, steps: int) -> None:
+        self.use, self.half = use, steps // 2
         self.labels: Tensor | None = None
-        self.path = torch.empty(0)
+        self.path = self._drawn = torch.empty(0)
+        self._chance = torch.Generator().manual_seed(0)
+
+    def anchor(self, number: int, labels: Tensor) -> Tensor | None:
+        """The kappas (B,) of a guided step; None: the paper's."""
+        if self.use == "always":
+            return torch.full((len(labels),), KAPPA / 2)
+        if self.use == "drop" or number < self.half:
+            return None
+        if self.use == "late":
+            return torch.full((len(labels),), KAPPA)
+        score = self.path if self.use == "kappa" else self._drawn
+        return KAPPA * lower_half(score, labels).float()
 
     def guided_step(
         self,
@@ -82,8 +100,9 @@ class Evidence:
         number, before = int(index), x.clone()
         if number == 0:
             self.path = torch.zeros(len(x))
-        if self.anchors and grad is not None and number >= self.half:
-            options["anchor"] = KAPPA * lower_half(self.path, self.labels).float()
+            self._drawn = torch.rand(len(x), generator=self._chance)
+        if grad is not None:
+            options["anchor"] = self.anchor(number, self.labels)
         following = guided_step(x, cond, uncond, grad, rows, index, **options)
         alpha, sigma = rows[number, :2]
         c = alpha / sigma * (uncond - cond)  # eps = sigma x + alpha v
@@ -167,7 +186,7 @@ def made_by(use: str, watch: Evidence) -> Any:
 @contextlib.contextmanager
 def used(use: str, steps: int) -> Iterator[Evidence]:
     """Runs of the source "dp" make their guided samples with a use of the evidence meanwhile."""
-    watch = Evidence(steps, anchors=use == "kappa")
+    watch = Evidence(use, steps)
     with (
         mock.patch.object(step, "guided_step", watch.guided_step),
         mock.patch.object(FromNoise, "make", made_by(use, watch)),
@@ -176,14 +195,13 @@ def used(use: str, steps: int) -> Iterator[Evidence]:
 
 
 def wanted_runs(use: str, lines: Sequence[Line], design: Design) -> Iterator[Run]:
-    """The runs of a use: those of plain dp's best arm, of the few seeds. Raises ``InputError``
-    where the selection has not chosen it yet.
+    """The runs of a use: those of plain dp's best arm. Raises ``InputError`` where the selection
+    has not chosen it yet.
     """
     if chosen("dp", lines, design) is None:
         raise InputError("plain dp's best omega is not known: run dpfast bench anchored first")
     for run in runs("confirmation", lines, design):
-        few = run.fields["seed"] in design.few and run.size == design.sizes[0]
-        if run.kind == "dp" and few:
+        if (run.kind, run.size) == ("dp", design.sizes[0]):
             yield replace(run, part="uses", arm=use, shifts=False)
 
 
@@ -259,15 +277,15 @@ def main(arguments: list[str] | None = None) -> int:
     study = anchored.read(lines_file(options.study, anchored.RECORDS, only_read=True), needed=True)
     lines = read_records(results, KINDS, needed=options.tables)
     if not options.tables:
-        for use in options.use or USES:
-            for run in wanted_runs(use, study, design):
-                taken = [(each["arm"], each["fields"]) for each in lines]
-                if (use, run.fields) in taken:
-                    continue
-                line = json.dumps(measure(run))
-                with results.open("ab", buffering=0) as file:  # at once: a kill tears no line
-                    file.write(f"{line}\n".encode())
-                print(line, flush=True)
+        asked = [run for use in options.use or USES for run in wanted_runs(use, study, design)]
+        for run in sorted(asked, key=lambda run: run.fields["seed"] not in design.few):
+            lines = read_records(results, KINDS)  # of other processes too
+            if (run.arm, run.fields) in [(each["arm"], each["fields"]) for each in lines]:
+                continue
+            line = json.dumps(measure(run))
+            with results.open("ab", buffering=0) as file:  # at once: a kill tears no line
+                file.write(f"{line}\n".encode())
+            print(line, flush=True)
         lines = read_records(results, KINDS)
     best = {kind: chosen(kind, study, design) for kind in ("dp", "anchored")}
     others = [

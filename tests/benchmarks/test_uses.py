@@ -37,7 +37,7 @@ def test_evidence_is_summed_along_the_steps_and_anchors_the_second_half():
     x, cond, uncond, grad = torch.randn(4, 2, 1, 4, 4, generator=chance)
     rows = torch.tensor([[0.1, 0.99, 1.1, -0.3, 0.0, 0.0], [0.6, 0.8, 1.2, -0.4, 0.0, 0.0]])
     given = {"cfg_scale": 1.5, "omega": 0.1, "prediction": "v", "mode": "relative"}
-    watch = Evidence(2, anchors=True)
+    watch = Evidence("kappa", 2)
     first, second = (torch.tensor(index) for index in range(2))
 
     plain = guided_step(x.clone(), cond, uncond, grad, rows, first, **given)
@@ -59,6 +59,27 @@ def test_evidence_is_summed_along_the_steps_and_anchors_the_second_half():
     assert unguided.equal(guided_step(after.clone(), cond, uncond, None, rows, second, **given))
 
 
+def test_each_use_has_its_kappas():
+    labels = torch.tensor([0, 0, 1, 1])
+    found = {}
+    for use in uses.USES:
+        watch = Evidence(use, 8)
+        watch.path = torch.tensor([1.0, 2.0, 4.0, 3.0])
+        watch._drawn = -watch.path
+        found[use] = [watch.anchor(number, labels) for number in (2, 4)]
+    listed = {
+        use: [None if each is None else each.tolist() for each in kappas]
+        for use, kappas in found.items()
+    }
+    assert listed == {
+        "kappa": [None, [1, 0, 0, 1]],
+        "drop": [None, None],
+        "random": [None, [0, 1, 1, 0]],
+        "late": [None, [1, 1, 1, 1]],
+        "always": [[0.5] * 4, [0.5] * 4],
+    }
+
+
 @pytest.mark.long
 def test_runs_of_both_uses_are_lines_that_the_study_is_beside(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -67,20 +88,23 @@ def test_runs_of_both_uses_are_lines_that_the_study_is_beside(tmp_path, monkeypa
     study.write_text("".join(json.dumps(each) + "\n" for each in lines))
     command = ["--short", "--study", str(study), "--results", str(results)]
     assert uses.main([*command, "--use", "drop"]) == 0
-    assert uses.main(command) == 0  # the other one
+    assert uses.main([*command, "--use", "kappa", "--use", "drop"]) == 0  # the other one
     made = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(each["arm"], each["seed"], each["samples"]) for each in made] == [
         ("drop", 3, 80),
+        ("drop", 4, 80),
         ("kappa", 3, 80),
+        ("kappa", 4, 80),
     ]
     # a round of 10 makes one of each class, and one of each again to drop the lesser
     assert made[0]["samples_made"] == 20 + 6 * 20
-    assert made[1]["samples_made"] == 80
-    (run,) = uses.wanted_runs("kappa", lines, SHORT)
-    assert run.fields == made[0]["fields"]
+    assert made[2]["samples_made"] == 80
+    assert [run.fields for run in uses.wanted_runs("kappa", lines, SHORT)] == [
+        each["fields"] for each in made[2:]
+    ]
     capsys.readouterr()
     assert uses.main([*command, "--tables"]) == 0
-    assert "| drop | 1 | " in capsys.readouterr().out
+    assert "| drop | 2 | " in capsys.readouterr().out
     study.write_text("")
     with pytest.raises(anchored.InputError, match="run dpfast bench anchored first"):
         uses.main(command)
