@@ -5,9 +5,14 @@
 
     selection      arms of every kind at the middle size; of each kind the one of the highest
                    validation accuracy goes on; static runs of the same seeds, for their gains
-    confirmation   static, plain dp, dp with more CFG, anchored and prune on other seeds, at all
-                   sizes, the middle one first; additions after the same steps (``add_at``) in all
+    confirmation   static, plain dp, dp with more CFG, anchored, anchored late, and prune on other
+                   seeds, at all sizes, the middle one first; additions after the same steps
+                   (``add_at``) in all
     patience       the same arms at the middle size, each adding by its own patience
+
+"late" is plain dp's best omega with an anchor in the second half of the steps alone. No selection
+knew it: it was a control of ``dpfast bench uses``, on the first six seeds of the confirmation. Its
+runs on the other six are the ones that confirm it.
 
 Every finished run is one line of ``benchmarks/results/anchored.jsonl``, appended by the process
 that deals the runs; workers with one thread each make them, so that a line does not depend on what
@@ -51,6 +56,8 @@ PARTS = ("selection", "confirmation", "patience")
 OMEGAS = (0.05, 0.08, 0.12)
 CFG_SCALES = (2.5, 3.5)
 ANCHORS, ANCHORED_OMEGAS = (0.5, 1.0), (0.08, 0.12, 0.2)
+# of eight steps the last four
+LATE: Fields = {"anchor": 1.0, "anchor_schedule": [[0.375, 0.0], [0.5, 1.0]]}
 LINE_KNOWN = {"births": BIRTHS, "nearest": NUMBER.or_null()}
 ITERATIONS = 1200
 MOMENTS = (250, 350, 450, 550, 650, 750)  # steps of ``ITERATIONS`` after which a round is added
@@ -102,18 +109,20 @@ class Run:
 
 
 def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
-    """Name -> fields of the arms of a kind that the selection compares; those of more CFG are known
-    when plain dp's best is.
+    """Name -> fields of the arms of a kind that the selection compares, of "late" the only one;
+    its arm and those of more CFG are known when plain dp's best is.
     """
     if kind == "dp":
         return {f"omega {omega:g}": {"omega": omega} for omega in OMEGAS}
-    if kind == "cfg":
+    if kind in ("cfg", "late"):
         best = chosen("dp", lines, design)
-        plain = None if best is None else arms("dp", lines, design)[best]
+        if best is None:
+            return {}
+        plain = arms("dp", lines, design)[best]
+        if kind == "late":
+            return {f"{best}, kappa {LATE['anchor']:g} late": {**plain, **LATE}}
         return {
-            f"{best}, CFG {scale:g}": {**plain, "cfg_scale_rounds": [scale]}
-            for scale in CFG_SCALES
-            if plain is not None
+            f"{best}, CFG {scale:g}": {**plain, "cfg_scale_rounds": [scale]} for scale in CFG_SCALES
         }
     if kind == "anchored":
         return {
@@ -130,6 +139,8 @@ def chosen(kind: str, lines: Sequence[Line], design: Design) -> str | None:
     """
     if kind in ("static", "prune"):
         return kind
+    if kind == "late":
+        return next(iter(arms(kind, lines, design)), None)
     found = {}
     for name in arms(kind, lines, design):
         by_seed = {
@@ -154,8 +165,8 @@ def runs(part: str, lines: Sequence[Line], design: Design) -> Iterator[Run]:
                     yield _run(part, kind, name, middle, seed, fields, design)
         return
     timed = part == "confirmation"
-    for size in design.sizes if timed else (middle,):
-        for kinds in (KINDS[:-1], KINDS[-1:]):  # prune, the dearest, when the others are there
+    for kinds in (KINDS[:-1], KINDS[-1:]):  # prune, the dearest, when the others are there
+        for size in design.sizes if timed else (middle,):
             for seed in design.seeds(size) if timed else design.few:
                 for kind in kinds:
                     best = chosen(kind, lines, design)

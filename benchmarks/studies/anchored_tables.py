@@ -24,7 +24,14 @@ from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, Kind
 
 Line = dict[str, Any]
 Values = dict[int, float]  # by seed
-KINDS = ("static", "dp", "cfg", "anchored", "prune")  # in the order in which a seed runs them
+KINDS = (
+    "static",
+    "dp",
+    "cfg",
+    "anchored",
+    "late",
+    "prune",
+)  # in the order in which a seed runs them
 LINE: dict[str, Kind] = {  # of a finished run, as far as it is read
     **dict.fromkeys(("part", "arm"), TEXT),
     "kind": Kind(lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
@@ -42,6 +49,9 @@ LINE: dict[str, Kind] = {  # of a finished run, as far as it is read
 }
 PAIRS = (
     ("anchored", "dp"),
+    ("late", "dp"),
+    ("late", "anchored"),
+    ("late", "cfg"),
     ("anchored", "cfg"),
     ("cfg", "dp"),
     ("anchored", "prune"),
@@ -221,15 +231,16 @@ def _differences(lines: Sequence[Line]) -> Iterator[list[str]]:
 
 
 def _needs(lines: Sequence[Line], best: Mapping[str, str | None]) -> Iterator[list[str]]:
-    """What plain dp needs for anchored's accuracy of every size, and anchored for plain dp's
-    best.
+    """What plain dp needs for the accuracy of anchored ones of every size, and those for plain
+    dp's best.
     """
     found = _by_seed(lines, "test_accuracy")
     sizes = {kind: [size for size, name in sorted(found) if name == kind] for kind in best}
-    goals = [("anchored", size, "dp") for size in sizes["anchored"]]
+    kinds = ("anchored", "late")
+    goals = [(kind, size, "dp") for kind in kinds for size in sizes[kind]]
     if sizes["dp"]:
         top = max(sizes["dp"], key=lambda size: mean(found[size, "dp"].values()))
-        goals.append(("dp", top, "anchored"))
+        goals += [("dp", top, kind) for kind in kinds]
     for kind, size, other in goals:
         if len(sizes[other]) < 2:
             continue

@@ -115,7 +115,8 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
     size = Counter(samples for _, samples, _ in static).most_common(1)
     static = {twin: accuracy for twin, accuracy in static.items() if twin[1] == size[0][0]}
     for point in points:
-        usual = not point.fields.get("cfg_scale_rounds") and "add_at" in point.fields
+        other = ("cfg_scale_rounds", "anchor_schedule")
+        usual = not any(map(point.fields.get, other)) and "add_at" in point.fields
         if point.source == "dp" and usual and _twin(point, study) in static:
             check_table(point.fields, f"{study}, {point.run}, fields", {"omega": NUMBER})
             key = (float(point.fields["omega"]), float(point.fields.get("anchor") or 0))

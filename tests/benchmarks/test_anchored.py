@@ -15,6 +15,7 @@ from benchmarks.studies.anchored import FULL, arms, chosen, left, runs
 from benchmarks.studies.anchored_tables import anchored_tables, crossing, interval, needed, paired
 from dpfast.config import Recipe
 from dpfast.errors import InputError
+from dpfast.generate.from_recipe import guidance_config
 
 
 def line(run, accuracy, **changes):
@@ -60,7 +61,7 @@ def selected():
 
 def test_every_run_is_a_recipe_whose_rounds_make_its_samples(selected):
     lines = finished("patience", finished("confirmation", selected))
-    assert len(lines) == 3 * (3 + 2 + 6 + 1) + 5 * (12 + 4 * 6) + 4 * 6
+    assert len(lines) == 3 * (3 + 2 + 6 + 1) + 6 * (12 + 4 * 6) + 5 * 6
     for each in lines:
         practice = Recipe.load("fashion", **each["fields"]).practice
         assert practice.maximum_samples == each["size"]
@@ -91,6 +92,7 @@ def test_the_selection_tries_more_cfg_at_the_best_omega_of_plain_dp(selected):
         "omega 0.08",
         "omega 0.08, CFG 3.5",
         "omega 0.2, kappa 0.5",
+        "omega 0.08, kappa 1 late",
         "prune",
     ]
     last = max(i for i, each in enumerate(selected) if each["kind"] == "anchored")
@@ -102,15 +104,16 @@ def test_the_selection_tries_more_cfg_at_the_best_omega_of_plain_dp(selected):
 
 def test_the_confirmation_begins_at_the_middle_size_and_has_a_seeds_arms_together(selected):
     order = list(runs("confirmation", selected, FULL))
-    first = [(run.size, run.fields["seed"], run.kind) for run in order[:5]]
+    first = [(run.size, run.fields["seed"], run.kind) for run in order[:6]]
     assert first == [
         (2000, 3, "static"),
         (2000, 3, "dp"),
         (2000, 3, "cfg"),
         (2000, 3, "anchored"),
+        (2000, 3, "late"),
         (2000, 4, "static"),
     ]
-    assert [run.kind for run in order[48:60]] == ["prune"] * 12
+    assert [run.kind for run in order].index("prune") == 5 * (12 + 4 * 6)
     assert list(dict.fromkeys(run.size for run in order)) == [2000, 1000, 500, 4000, 8000]
     seeds = {run.fields["seed"] for run in order}
     assert not seeds & {each["fields"]["seed"] for each in selected}
@@ -121,7 +124,16 @@ def test_the_confirmation_begins_at_the_middle_size_and_has_a_seeds_arms_togethe
     # what is not chosen yet does not hold up the others
     plain = [each for each in selected if each["kind"] == "dp"]
     kinds = {run.kind for run in runs("confirmation", plain, FULL)}
-    assert kinds == {"static", "dp", "prune"}
+    assert kinds == {"static", "dp", "late", "prune"}
+
+
+def test_a_late_anchor_is_that_of_the_second_half_of_the_steps(selected):
+    ((name, fields),) = arms("late", selected, FULL).items()
+    recipe = Recipe.load("fashion", **anchored.COMMON | fields)
+    guidance = guidance_config(recipe)
+    strengths = [guidance.at(i, 8) for i in sorted(guidance.steps(8))]
+    assert strengths == [(0.08, 0.0), (0.08, 0.0), (0.08, 1.0), (0.08, 1.0)]
+    assert (name, fields["omega"]) == ("omega 0.08, kappa 1 late", 0.08)
 
 
 def test_a_line_is_made_once_and_only_what_is_missing_is_left(selected):

@@ -123,6 +123,7 @@ def files(tmp_path):
         run("dp", 1, 0.76, omega=0.12, anchor=0.5),
         run("dp", 2, 0.9, omega=0.12, anchor=0.5),
         run("dp", 0, 0.9, omega=0.12, cfg_scale_rounds=[2.5]),
+        run("dp", 1, 0.9, omega=0.12, anchor=0.5, anchor_schedule=[[0.0, 0.0], [1.0, 1.0]]),
         run("static", 0, 0.6, maximum_samples=50),  # the other size has more
         run("dp", 0, 0.7, omega=0.12, maximum_samples=50),
     ]
