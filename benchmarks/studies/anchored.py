@@ -41,7 +41,7 @@ from benchmarks.harness.records import read_records
 from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, of_seeds
 from benchmarks.studies.births import Births
 from benchmarks.studies.births_tables import BIRTHS, births_tables
-from benchmarks.studies.settings import COMMON, Fields
+from benchmarks.studies.settings import COMMON, LATE, Fields
 from benchmarks.studies.study import Curve, cached, line_of, shared
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
@@ -56,8 +56,7 @@ PARTS = ("selection", "confirmation", "patience")
 OMEGAS = (0.05, 0.08, 0.12)
 CFG_SCALES = (2.5, 3.5)
 ANCHORS, ANCHORED_OMEGAS = (0.5, 1.0), (0.08, 0.12, 0.2)
-# of eight steps the last four
-LATE: Fields = {"anchor": 1.0, "anchor_schedule": [[0.375, 0.0], [0.5, 1.0]]}
+LATE_KAPPA = 1.0
 LINE_KNOWN = {"births": BIRTHS, "nearest": NUMBER.or_null()}
 ITERATIONS = 1200
 MOMENTS = (250, 350, 450, 550, 650, 750)  # steps of ``ITERATIONS`` after which a round is added
@@ -120,7 +119,8 @@ def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
             return {}
         plain = arms("dp", lines, design)[best]
         if kind == "late":
-            return {f"{best}, kappa {LATE['anchor']:g} late": {**plain, **LATE}}
+            late = {"anchor": LATE_KAPPA, "anchor_schedule": LATE}
+            return {f"{best}, kappa {LATE_KAPPA:g} late": {**plain, **late}}
         return {
             f"{best}, CFG {scale:g}": {**plain, "cfg_scale_rounds": [scale]} for scale in CFG_SCALES
         }

@@ -12,6 +12,8 @@ COMMON: Fields = {
     "patience_growth": "fixed",
     "oversample": 4.0,
 }
+# factors of an anchor that is late: 1 in the second half of the steps, of eight the last four
+LATE = ((0.375, 0.0), (0.5, 1.0))
 OPTIONS: tuple[Fields, ...] = (
     {"allot": "difficulty"},
     {"early_candidates": 2.0, "early_until": 0.375},

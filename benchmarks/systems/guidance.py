@@ -35,6 +35,7 @@ from benchmarks.harness.arguments import (
     lines_file,
     new_parser,
 )
+from benchmarks.studies.settings import LATE
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
@@ -74,20 +75,22 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class Cell:
     """One form of guidance at one strength. projected: the gradient without its part against the
-    label score, in place of an anchor.
+    label score, in place of an anchor; late: the anchor in the second half of the steps alone.
     """
 
     omega: float
     kappa: float = 0.0
     cfg_scale: float = CFG
     projected: bool = False
+    late: bool = False
 
     @property
     def form(self) -> str:
         """What a curve over omega keeps."""
         if self.projected:
             return "projected"
-        return f"CFG {self.cfg_scale:g}, kappa {self.kappa:g}"
+        late = " late" if self.late else ""
+        return f"CFG {self.cfg_scale:g}, kappa {self.kappa:g}{late}"
 
     @property
     def name(self) -> str:
@@ -99,9 +102,11 @@ def cells() -> Iterator[Cell]:
     forms = {
         1: ({}, {"cfg_scale": 2.5}, {"projected": True}, {"kappa": 0.5}, {"kappa": 1.0}),
         2: ({"cfg_scale": 3.5}, {"kappa": 0.25}, {"cfg_scale": 2.0}, {"kappa": 2.0}),
+        3: ({"kappa": 1.0, "late": True},),
     }
     yield Cell(0.0)
-    for near, omegas in ((1, OMEGAS[:3]), (2, OMEGAS[:3]), (1, OMEGAS[3:]), (2, OMEGAS[3:])):
+    ways = ((1, OMEGAS[:3]), (2, OMEGAS[:3]), (1, OMEGAS[3:]), (2, OMEGAS[3:]), (3, OMEGAS))
+    for near, omegas in ways:
         for omega in omegas:
             yield from (Cell(omega, **form) for form in forms[near])
     yield from (Cell(0.0, cfg_scale=scale) for scale in (2.5, 3.5, 2.0))
@@ -188,6 +193,7 @@ class Bench:
             "steps": STEPS,
             "every": EVERY,
             "learner": self.named,
+            **({"late": True} if cell.late else {}),
         }
 
     def sampled(self, cell: Cell, count: int, watch: Watch) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +201,12 @@ class Bench:
         sampler = GuidedSampler(
             self.pipeline,
             self.learner,
-            guidance=GuidanceConfig(omega=cell.omega, anchor=cell.kappa, every=EVERY),
+            guidance=GuidanceConfig(
+                omega=cell.omega,
+                anchor=cell.kappa,
+                every=EVERY,
+                anchor_schedule=LATE if cell.late else (),
+            ),
             steps=STEPS,
             cfg_scale=cell.cfg_scale,
             compile=False,  # a compiled step would look its name up no more

@@ -33,7 +33,7 @@ KINDS = {  # of a line
     "agreement": rows_of(MEAN, 2),
     "right_of_wrong": rows_of(MEAN.or_null(), 3),
 }
-KNOWN = {"cosine": MEAN, "cosine_negative": MEAN}
+KNOWN = {"cosine": MEAN, "cosine_negative": MEAN, "late": FLAG}
 LEVELS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # nats
 JUDGES = ("judge 1, a RegNet", "judge 2, a ResNet")
 UNGUIDED = "CFG 1.5, kappa 0"  # also where the curves of an anchor and of the projection begin
@@ -65,8 +65,8 @@ def latest(lines: Iterable[Line], file: Path) -> dict[str, list[Line]]:
     return dict(sorted(forms.items(), key=lambda item: _order(item[1][-1])))
 
 
-def _order(line: Line) -> tuple[bool, float, float]:
-    return line["projected"], line["cfg_scale"], line["kappa"]
+def _order(line: Line) -> tuple[bool, float, float, bool]:
+    return line["projected"], line["cfg_scale"], line["kappa"], line.get("late", False)
 
 
 def _percent(value: Value | None) -> str:
@@ -190,8 +190,10 @@ def figure(forms: dict[str, list[Line]]) -> Figure:
                 label = f"kappa 0, CFG {line['cfg_scale']:g}"
                 style = {"color": GREYS.get(line["cfg_scale"], MUTED), "ls": "--", "label": label}
             else:
-                kappa = line["kappa"]
-                style = {"color": ANCHORS.get(kappa, MUTED), "ls": "-", "label": f"kappa {kappa:g}"}
+                kappa, late = line["kappa"], line.get("late", False)
+                label = f"kappa {kappa:g}{' in the second half' if late else ''}"
+                ls = "-." if late else "-"
+                style = {"color": ANCHORS.get(kappa, MUTED), "ls": ls, "label": label}
             agreement = [_column(each, "agreement", judge) for each in lines]
             axes.errorbar(
                 [each["entropy"][0] for each in lines],

@@ -125,7 +125,8 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
     lines = _lines(guidance, CELL)
     scale = next((line["cfg_scale"] for line in lines if line["omega"] == 0), None)
     for line in lines:
-        if line["cfg_scale"] == (scale or line["cfg_scale"]) and not line["projected"]:
+        plain = not (line["projected"] or line.get("late"))
+        if line["cfg_scale"] == (scale or line["cfg_scale"]) and plain:
             key = (line["omega"], line["kappa"] if line["omega"] else 0.0)
             if key not in cells or line["samples"] >= cells[key]["samples"]:
                 cells[key] = line

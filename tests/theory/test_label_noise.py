@@ -115,6 +115,7 @@ def files(tmp_path):
         line(0.12, 0.0, 0.75, 0.4, 0.5),
         line(0.12, 0.0, 0.8, 0.4, 0.5, cfg_scale=2.5),
         line(0.12, 0.0, 0.8, 0.4, 0.5, projected=True),
+        line(0.12, 0.5, 0.8, 0.4, 0.5, late=True),
     ]
     runs = [
         run("static", 0, 0.7),
