@@ -81,7 +81,10 @@ def test_what_an_anchor_brings_is_that_of_the_study():
     mean, low, high = interval(gains("late", 9))
     assert f"give {mean:+.2f}, with an interval from {low:+.2f} to {high:+.2f}" in text
     agreed = {cells[0]: cells[4] for cells in rows(RECORDS, "## Guidance\n")}
-    for form, said in (("kappa 1 late", "90.5 % of the"), ("kappa 0 (paper)", "and 76.1 % without")):
+    for form, said in (
+        ("kappa 1 late", "90.5 % of the"),
+        ("kappa 0 (paper)", "and 76.1 % without"),
+    ):
         assert said in text
         assert agreed[form].startswith(re.findall(r"[\d.]+", said)[0])
 

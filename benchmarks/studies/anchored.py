@@ -1,7 +1,7 @@
 """The study of anchored guidance: chosen on some seeds, confirmed on others, paired and resumable.
 
     dpfast bench anchored --part selection --workers 2
-    dpfast bench anchored --tables
+    dpfast bench anchored --tables --figure docs/images/anchored.png
 
     selection      arms of every kind at the middle size; of each kind the one of the highest
                    validation accuracy goes on; static runs of the same seeds, for their gains
@@ -37,8 +37,8 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import add_lines, lines_file, new_parser
 from benchmarks.harness.processes import command
-from benchmarks.harness.records import read_records
-from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, of_seeds
+from benchmarks.harness.records import check_picture, read_records
+from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, figure, of_seeds
 from benchmarks.studies.births import Births
 from benchmarks.studies.births_tables import BIRTHS, births_tables
 from benchmarks.studies.settings import COMMON, LATE, Fields
@@ -325,16 +325,26 @@ def main(arguments: list[str] | None = None) -> int:
         "--workers", type=at_least(1), default=1, help="runs at a time, of one thread each"
     )
     add_lines(parser, "run", short="two small sizes and few iterations")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="draw the confirmation so far, and run nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.figure is not None:
+        check_picture("figure", options.figure)
+    only_read = options.tables or options.figure is not None
     design = SHORT if options.short else FULL
     parts = options.part or PARTS
-    results = lines_file(options.results, RECORDS, only_read=options.tables)
-    lines = read(results, needed=options.tables)
-    if not options.tables:
+    results = lines_file(options.results, RECORDS, only_read=only_read)
+    lines = read(results, needed=only_read)
+    if not only_read:
         results.parent.mkdir(parents=True, exist_ok=True)
         deal(parts, results, design, options.workers)
         return 0
     best = {kind: chosen(kind, lines, design) for kind in KINDS}
+    if options.figure is not None:
+        figure(lines, best).savefig(options.figure, dpi=110)
+    if not options.tables:
+        return 0
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}
     say("\n".join([*anchored_tables(lines, best, missing), *births_tables(of_seeds(lines))]))
     return 0

@@ -1,6 +1,6 @@
 """What the study of anchored guidance says, as Markdown.
 
-    dpfast bench anchored --tables
+    dpfast bench anchored --tables --figure docs/images/anchored.png
 
 Accuracies are percents on the held-out real images, means over seeds with their standard error.
 Differences are paired by seed, with the 95 % interval of Student's t; what one arm needs for the
@@ -18,7 +18,10 @@ from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.studies.tables import seconds, table
+from dpfast.plotting import COLORS, MUTED, axes_of, label_ends
 from dpfast.report.laws import student_t
 from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, Kind
 
@@ -59,6 +62,13 @@ PAIRS = (
     ("dp", "static"),
 )
 DRAWS = 2000  # of the bootstrap
+DRAWN = {  # kinds of a figure, their names and colours
+    "static": ("static", COLORS["static"]),
+    "prune": ("prune", COLORS["prune"]),
+    "dp": ("dp", COLORS["dp"]),
+    "anchored": ("anchored", COLORS["dynamic"]),
+    "late": ("anchored late", COLORS["real"]),
+}
 COSTS: dict[str, Callable[[Line], float]] = {
     "samples": lambda line: float(line["samples"]),
     "FLOPs of generation": lambda line: float(line["flops"]),
@@ -158,6 +168,34 @@ def anchored_tables(
                 head = ["", "accuracy", "it has", "the other needs", "times as many"]
                 yield from table(head, rows)
     yield from _unrun(best, missing)
+
+
+def figure(lines: Iterable[Line], best: Mapping[str, str | None]) -> Figure:
+    """Held-out accuracy of the confirmation's arms over their samples, where several seeds ran;
+    bars are standard errors.
+    """
+    found: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for line in of_seeds(lines):
+        if line["part"] == "confirmation" and line["arm"] == best[line["kind"]]:
+            found[line["size"], line["kind"]].append(100 * line["test_accuracy"])
+    drawn, axes = axes_of((7, 4.2), "samples", "held-out accuracy, %")
+    axes.set_xscale("log", base=2)
+    ends: list[tuple[str, float, float, str]] = []
+    for kind, (name, color) in DRAWN.items():
+        own = {size: values for (size, each), values in sorted(found.items()) if each == kind}
+        own = {size: values for size, values in own.items() if len(values) > 1}
+        if not own:
+            continue
+        means = [mean(values) for values in own.values()]
+        errors = [stdev(values) / math.sqrt(len(values)) for values in own.values()]
+        axes.errorbar(list(own), means, errors, fmt="o-", ms=4, lw=1.6, capsize=2, color=color)
+        ends.append((name, max(own), means[-1], color))
+    sizes = sorted({size for size, _ in found})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], color=MUTED)
+    axes.minorticks_off()
+    label_ends(axes, ends)
+    axes.set_xlim(right=1.8 * max(sizes, default=1))  # room for names, on this scale
+    return drawn
 
 
 def _unrun(best: Mapping[str, str | None], missing: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -12,7 +12,14 @@ import pytest
 from benchmarks.run import main as run_bench
 from benchmarks.studies import anchored
 from benchmarks.studies.anchored import FULL, arms, chosen, left, runs
-from benchmarks.studies.anchored_tables import anchored_tables, crossing, interval, needed, paired
+from benchmarks.studies.anchored_tables import (
+    anchored_tables,
+    crossing,
+    figure,
+    interval,
+    needed,
+    paired,
+)
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import guidance_config
@@ -315,6 +322,29 @@ def test_the_tables_say_what_the_lines_hold(selected):
     # with those of the training: 2 T, and between dp's 3 T at 1,000 and 5 T at 2,000
     assert f"| 2.00 T | {3 * (5 / 3) ** 0.9:.2f} T [" in text
     assert "Not run yet, of what is known of the patience: 2 of dp." in text
+
+
+def test_the_figure_has_a_line_for_each_source(selected, tmp_path, capsys):
+    lines = finished("confirmation", selected)
+    results, file = tmp_path / "anchored.jsonl", tmp_path / "anchored.png"
+    results.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    command = ["anchored", "--results", str(results), "--figure"]
+    assert run_bench([*command, str(file)]) == 0
+    assert file.stat().st_size > 10_000
+    assert not capsys.readouterr().out
+    best = {kind: chosen(kind, lines, FULL) for kind in anchored.KINDS}
+    (axes,) = figure(lines, best).axes
+    points = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 5]
+    assert points[:1] == [[[n, pytest.approx(80)] for n in (500, 1000, 2000, 4000, 8000)]]
+    assert {text.get_text() for text in axes.texts} == {
+        "static",
+        "prune",
+        "dp",
+        "anchored",
+        "anchored late",
+    }
+    assert run_bench([*command, str(tmp_path / "none" / "a.png")]) == 2
+    assert "no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
