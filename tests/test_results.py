@@ -77,6 +77,8 @@ def test_what_an_anchor_brings_is_that_of_the_study():
         wins = sum(value > 0 for value in values)
         told = [f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{wins} of 12"]
         assert row(heading, name) == told
+    said = f"{mean:+.2f} points, better in {wins} of 12 seeds"
+    assert f"| {said} | `dpfast bench anchored` |" in README
     text = " ".join(PAGE.split())
     mean, low, high = interval(gains("late", 9))
     assert f"give {mean:+.2f}, with an interval from {low:+.2f} to {high:+.2f}" in text
