@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 SHIPPED = "dpfast.shipped.benchmarks"  # dpfast/cli/bench.py finds them there
 RECORDS = [  # of benchmarks/results, those that a suite reads
     f"results/{suite}.jsonl"
-    for suite in ("anchored", "evidence", "guidance", "inductor_blocks", "models", "study")
+    for suite in ("anchored", "evidence", "guidance", "inductor_blocks", "models", "study", "uses")
 ]
 
 SOURCES = [
