@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import tables
-from benchmarks.studies.anchored_tables import interval
+from benchmarks.studies.anchored_tables import interval, needed
 from benchmarks.systems import models
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,17 @@ def test_the_study_is_that_of_its_lines():
     assert "with 8 times fewer samples" in PAGE
 
 
+def _samples_of_late():
+    """Samples that late runs need for the accuracy of plain guidance with 8,000, over 8,000."""
+    found = {"dp": {}, "late": {}}
+    for each in records("anchored"):
+        if each["part"] == "confirmation" and each["kind"] in found:
+            by_seed = found[each["kind"]].setdefault(each["size"], {})
+            by_seed[each["seed"]] = each["test_accuracy"]
+    assert max(found["dp"], key=lambda size: statistics.mean(found["dp"][size].values())) == 8000
+    return needed(found["dp"][8000], found["late"], draws=1)[0] / 8000
+
+
 def test_what_an_anchor_brings_is_that_of_the_study():
     lines = [
         each
@@ -82,6 +93,7 @@ def test_what_an_anchor_brings_is_that_of_the_study():
     text = " ".join(PAGE.split())
     mean, low, high = interval(gains("late", 9))
     assert f"give {mean:+.2f}, with an interval from {low:+.2f} to {high:+.2f}" in text
+    assert f"a late anchor needs {_samples_of_late():.2f} of the samples" in text
     agreed = {cells[0]: cells[4] for cells in rows(RECORDS, "## Guidance\n")}
     for form, said in (
         ("kappa 1 late", "90.5 % of the"),

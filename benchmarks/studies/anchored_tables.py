@@ -194,7 +194,7 @@ def figure(lines: Iterable[Line], best: Mapping[str, str | None]) -> Figure:
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes], color=MUTED)
     axes.minorticks_off()
     label_ends(axes, ends)
-    axes.set_xlim(right=1.8 * max(sizes, default=1))  # room for names, on this scale
+    axes.set_xlim(right=2.2 * max(sizes, default=1))  # room for names, on this scale
     return drawn
 
 
