@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,15 @@ def check_appendable(option: str, path: Path) -> None:
     place = next(each for each in (path.absolute(), *path.absolute().parents) if there(each))
     if not os.access(place, os.W_OK):
         raise InputError(f"{option} = {str(path)!r}: {str(place)!r} may not be written")
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a record and prints its line. It is written at once, so that a kill tears none."""
+    line = json.dumps(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+    print(line, flush=True)
 
 
 def check_picture(option: str, path: Path) -> None:

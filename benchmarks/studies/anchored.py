@@ -37,7 +37,7 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import add_lines, lines_file, new_parser
 from benchmarks.harness.processes import command
-from benchmarks.harness.records import check_picture, read_records
+from benchmarks.harness.records import append_line, check_picture, read_records
 from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, figure, of_seeds
 from benchmarks.studies.births import Births
 from benchmarks.studies.births_tables import BIRTHS, births_tables
@@ -282,10 +282,7 @@ def deal(parts: Sequence[str], results: Path, design: Design, workers: int) -> N
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 idle.append(running.pop(future)[1])
-                line = json.dumps(future.result())
-                with results.open("ab", buffering=0) as file:  # at once: a kill tears no line
-                    file.write(f"{line}\n".encode())
-                print(line, flush=True)
+                append_line(results, future.result())
 
 
 def _next(
@@ -337,7 +334,6 @@ def main(arguments: list[str] | None = None) -> int:
     results = lines_file(options.results, RECORDS, only_read=only_read)
     lines = read(results, needed=only_read)
     if not only_read:
-        results.parent.mkdir(parents=True, exist_ok=True)
         deal(parts, results, design, options.workers)
         return 0
     best = {kind: chosen(kind, lines, design) for kind in KINDS}

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import add_lines, lines_file, new_parser
-from benchmarks.harness.records import read_records
+from benchmarks.harness.records import append_line, read_records
 from benchmarks.studies import anchored
 from benchmarks.studies.anchored import FULL, SHORT, Design, Run, chosen, runs
 from benchmarks.studies.anchored_tables import LINE, interval, paired
@@ -48,7 +47,7 @@ from dpfast.generate import step
 from dpfast.ops import guided_step
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
-from dpfast.sources.guided_methods import FromNoise, GuidedRequest
+from dpfast.sources.guided_methods import FromNoise, GuidedRequest, joined
 from dpfast.terminal import say
 
 RECORDS = RESULTS / "uses.jsonl"
@@ -136,16 +135,6 @@ def most_evident(score: Tensor, made: Tensor, wanted: Tensor) -> Tensor:
         places, own = (wanted == label).nonzero()[:, 0], (made == label).nonzero()[:, 0]
         rows[places] = own[score[own].argsort(descending=True, stable=True)[: len(places)]]
     return rows
-
-
-def joined(batches: Sequence[SampleBatch]) -> SampleBatch:
-    """The samples of several batches of one sampler as one."""
-    names = ("images", "labels", "sample_ids", "entropy")
-    fields: dict[str, Any] = {
-        name: torch.cat([getattr(batch, name) for batch in batches]) for name in names
-    }
-    skipped = sum(batch.skipped for batch in batches)
-    return replace(batches[0], **fields, skipped=skipped, latents=None, files=None)
 
 
 def made_by(use: str, watch: Evidence) -> Any:
@@ -282,10 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
             lines = read_records(results, KINDS)  # of other processes too
             if (run.arm, run.fields) in [(each["arm"], each["fields"]) for each in lines]:
                 continue
-            line = json.dumps(measure(run))
-            with results.open("ab", buffering=0) as file:  # at once: a kill tears no line
-                file.write(f"{line}\n".encode())
-            print(line, flush=True)
+            append_line(results, measure(run))
         lines = read_records(results, KINDS)
     best = {kind: chosen(kind, study, design) for kind in ("dp", "anchored")}
     others = [

@@ -83,7 +83,7 @@ def test_each_use_has_its_kappas():
 @pytest.mark.long
 def test_runs_of_both_uses_are_lines_that_the_study_is_beside(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    study, results = tmp_path / "anchored.jsonl", tmp_path / "uses.jsonl"
+    study, results = tmp_path / "anchored.jsonl", tmp_path / "new" / "uses.jsonl"
     lines = finished("confirmation", finished("selection", [], SHORT, best_arm), SHORT)
     study.write_text("".join(json.dumps(each) + "\n" for each in lines))
     command = ["--short", "--study", str(study), "--results", str(results)]
