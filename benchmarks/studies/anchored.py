@@ -8,11 +8,13 @@
     confirmation   static, plain dp, dp with more CFG, anchored, anchored late, and prune on other
                    seeds, at all sizes, the middle one first; additions after the same steps
                    (``add_at``) in all
-    patience       the same arms at the middle size, each adding by its own patience
+    replication    plain dp and the late arm that the selection chose, the same way, on seeds that
+                   no earlier part has
+    patience       the arms of the confirmation at the middle size, each adding by its own patience
 
-"late" is plain dp's best omega with an anchor in the second half of the steps alone. No selection
-knew it: it was a control of ``dpfast bench uses``, on the first six seeds of the confirmation. Its
-runs on the other six are the ones that confirm it.
+"late" has an anchor in the last steps alone. Its first arm was a control of ``dpfast bench uses``,
+on the first six seeds of the confirmation, which runs it (``FOUND``) whatever the selection says;
+late arms joined the selection after that.
 
 Every finished run is one line of ``benchmarks/results/anchored.jsonl``, appended by the process
 that deals the runs; workers with one thread each make them, so that a line does not depend on what
@@ -27,7 +29,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ from benchmarks.harness.records import append_line, check_picture, read_records
 from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, figure, of_seeds
 from benchmarks.studies.births import Births
 from benchmarks.studies.births_tables import BIRTHS, births_tables
-from benchmarks.studies.settings import COMMON, LATE, Fields
+from benchmarks.studies.settings import COMMON, Fields, late, recipe_of
 from benchmarks.studies.study import Curve, cached, line_of, shared
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
@@ -52,11 +54,18 @@ from dpfast.terminal import say
 from dpfast.textfiles import NUMBER
 
 RECORDS = RESULTS / "anchored.jsonl"
-PARTS = ("selection", "confirmation", "patience")
 OMEGAS = (0.05, 0.08, 0.12)
 CFG_SCALES = (2.5, 3.5)
 ANCHORS, ANCHORED_OMEGAS = (0.5, 1.0), (0.08, 0.12, 0.2)
-LATE_KAPPA = 1.0
+FOUND = "omega 0.12, kappa 1 late"
+LATE_OMEGAS, LATE_KAPPAS, LATE_BEGINS = (0.12, 0.2, 0.3), (0.5, 1.0, 2.0), (0.25, 0.75)
+# kinds of a part in the order in which a seed runs them; prune, the dearest, when others are there
+GROUPS = {
+    "confirmation": (KINDS[:-1], KINDS[-1:]),
+    "replication": (("dp", "late"),),
+    "patience": (KINDS[1:-1], KINDS[-1:]),  # static adds nothing
+}
+PARTS = ("selection", *GROUPS)
 LINE_KNOWN = {"births": BIRTHS, "nearest": NUMBER.or_null()}
 ITERATIONS = 1200
 MOMENTS = (250, 350, 450, 550, 650, 750)  # steps of ``ITERATIONS`` after which a round is added
@@ -65,18 +74,14 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Design:
-    """sizes: samples, the middle one first; seeds of the selection, of the confirmation at the
-    middle size, and at the others and with patience.
+    """sizes: samples, the middle one first; selection: its seeds; seeds: of each other part those
+    at the middle size and those at the others.
     """
 
     iterations: int
     sizes: tuple[int, ...]
     selection: Sequence[int]
-    many: Sequence[int]
-    few: Sequence[int]
-
-    def seeds(self, size: int) -> Sequence[int]:
-        return self.many if size == self.sizes[0] else self.few
+    seeds: Mapping[str, tuple[Sequence[int], Sequence[int]]]
 
     @property
     def moments(self) -> list[int]:
@@ -84,8 +89,26 @@ class Design:
         return [step * self.iterations // ITERATIONS for step in MOMENTS]
 
 
-FULL = Design(ITERATIONS, (2000, 1000, 500, 4000, 8000), range(3), range(3, 15), range(3, 9))
-SHORT = Design(40, (80, 160), range(1), range(3, 5), range(3, 4))
+FULL = Design(
+    ITERATIONS,
+    (2000, 1000, 500, 4000, 8000),
+    range(3),
+    {
+        "confirmation": (range(3, 15), range(3, 9)),
+        "replication": (range(15, 27), range(15, 21)),
+        "patience": (range(3, 9), ()),
+    },
+)
+SHORT = Design(
+    40,
+    (80, 160),
+    range(1),
+    {
+        "confirmation": (range(3, 5), range(3, 4)),
+        "replication": (range(5, 6), ()),
+        "patience": (range(3, 4), ()),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -104,23 +127,20 @@ class Run:
     @property
     def made_from(self) -> tuple[Recipe, int]:
         """Whose unguided samples it shares, and how many."""
-        return Recipe.load("fashion", seed=self.fields["seed"], steps=COMMON["steps"]), self.size
+        return recipe_of({name: self.fields[name] for name in ("seed", "steps")}), self.size
 
 
 def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
-    """Name -> fields of the arms of a kind that the selection compares, of "late" the only one;
-    its arm and those of more CFG are known when plain dp's best is.
+    """Name -> fields of the arms of a kind that the selection compares. Those of more CFG are known
+    when plain dp's best is; late ones that begin elsewhere when the best of the half is.
     """
     if kind == "dp":
         return {f"omega {omega:g}": {"omega": omega} for omega in OMEGAS}
-    if kind in ("cfg", "late"):
-        best = chosen("dp", lines, design)
+    if kind == "cfg":
+        best = _best("dp", arms("dp", lines, design), lines, design)
         if best is None:
             return {}
         plain = arms("dp", lines, design)[best]
-        if kind == "late":
-            late = {"anchor": LATE_KAPPA, "anchor_schedule": LATE}
-            return {f"{best}, kappa {LATE_KAPPA:g} late": {**plain, **late}}
         return {
             f"{best}, CFG {scale:g}": {**plain, "cfg_scale_rounds": [scale]} for scale in CFG_SCALES
         }
@@ -129,6 +149,23 @@ def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
             f"omega {omega:g}, kappa {kappa:g}": {"omega": omega, "anchor": kappa}
             for omega in ANCHORED_OMEGAS
             for kappa in ANCHORS
+        }
+    if kind == "late":
+        half = {
+            f"omega {omega:g}, kappa {kappa:g} late": {
+                "omega": omega,
+                "anchor": kappa,
+                "anchor_schedule": late(),
+            }
+            for omega in LATE_OMEGAS
+            for kappa in LATE_KAPPAS
+        }
+        best = _best(kind, half, lines, design)
+        if best is None:
+            return half
+        return half | {
+            f"{best} from {begin:g}": {**half[best], "anchor_schedule": late(begin)}
+            for begin in LATE_BEGINS
         }
     return {kind: {}}
 
@@ -139,10 +176,24 @@ def chosen(kind: str, lines: Sequence[Line], design: Design) -> str | None:
     """
     if kind in ("static", "prune"):
         return kind
-    if kind == "late":
-        return next(iter(arms(kind, lines, design)), None)
+    return _best(kind, arms(kind, lines, design), lines, design)
+
+
+def compared(kind: str, part: str, lines: Sequence[Line], design: Design) -> str | None:
+    """The arm of a kind that a part compares; None until it is known."""
+    if kind == "late" and part in ("confirmation", "patience"):
+        return FOUND
+    return chosen(kind, lines, design)
+
+
+def compared_arms(lines: Sequence[Line], design: Design) -> dict[str, dict[str, str | None]]:
+    """Part -> kind -> the arm of its tables."""
+    return {part: {kind: compared(kind, part, lines, design) for kind in KINDS} for part in PARTS}
+
+
+def _best(kind: str, names: Iterable[str], lines: Sequence[Line], design: Design) -> str | None:
     found = {}
-    for name in arms(kind, lines, design):
+    for name in names:
         by_seed = {
             line["seed"]: line["validation_accuracy"]
             for line in lines
@@ -159,18 +210,18 @@ def runs(part: str, lines: Sequence[Line], design: Design) -> Iterator[Run]:
     """The runs of a part in their order, as far as ``lines`` say which they are."""
     middle = design.sizes[0]
     if part == "selection":
-        for kind in ("dp", "cfg", "anchored", "static"):
+        for kind in ("dp", "cfg", "anchored", "late", "static"):
             for name, fields in arms(kind, lines, design).items():
                 for seed in design.selection:
                     yield _run(part, kind, name, middle, seed, fields, design)
         return
-    timed = part == "confirmation"
-    for kinds in (KINDS[:-1], KINDS[-1:]):  # prune, the dearest, when the others are there
-        for size in design.sizes if timed else (middle,):
-            for seed in design.seeds(size) if timed else design.few:
+    at_middle, elsewhere = design.seeds[part]
+    for kinds in GROUPS[part]:
+        for size in design.sizes:
+            for seed in at_middle if size == middle else elsewhere:
                 for kind in kinds:
-                    best = chosen(kind, lines, design)
-                    if best is not None and (timed or kind != "static"):  # which adds nothing
+                    best = compared(kind, part, lines, design)
+                    if best is not None:
                         fields = arms(kind, lines, design)[best]
                         yield _run(part, kind, best, size, seed, fields, design)
 
@@ -198,7 +249,7 @@ def _run(
 def measure(run: Run) -> Line:
     """The line of a run, which this process makes."""
     sets = "shifts" if run.shifts else ""
-    recipe, curve = Recipe.load("fashion", **run.fields, evaluation=sets), Curve()
+    recipe, curve = recipe_of(run.fields | {"evaluation": sets}), Curve()
     practice = DeliberatePractice(recipe, unguided=shared(*run.made_from))
     births = Births(practice)
     (result,) = practice.run(progress=False, callbacks=[curve, births])
@@ -336,9 +387,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not only_read:
         deal(parts, results, design, options.workers)
         return 0
-    best = {kind: chosen(kind, lines, design) for kind in KINDS}
+    best = compared_arms(lines, design)
     if options.figure is not None:
-        figure(lines, best).savefig(options.figure, dpi=110)
+        figure(lines, best["confirmation"]).savefig(options.figure, dpi=110)
     if not options.tables:
         return 0
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}

@@ -141,33 +141,37 @@ def of_seeds(lines: Iterable[Line]) -> list[Line]:
 
 
 def anchored_tables(
-    lines: Sequence[Line], best: Mapping[str, str | None], missing: Mapping[str, Sequence[str]]
+    lines: Sequence[Line],
+    best: Mapping[str, Mapping[str, str | None]],
+    missing: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
-    """The lines of all tables. best: the arm of each kind that the selection chose, None where it
-    has not; missing: the kinds of the runs of each part that are known and have no line.
+    """The lines of all tables. best: part -> kind -> the arm that it compares, in the selection
+    the one that it chose; None where it has not; missing: the kinds of the runs of each part that
+    are known and have no line.
     """
     lines = of_seeds(lines)
-    yield from _selection([line for line in lines if line["part"] == "selection"], best)
-    for part in ("confirmation", "patience"):
+    chosen = best["selection"]
+    yield from _selection([line for line in lines if line["part"] == "selection"], chosen)
+    for part, compared in best.items():
         here = [
-            line for line in lines if line["part"] == part and line["arm"] == best[line["kind"]]
+            line for line in lines if line["part"] == part and line["arm"] == compared[line["kind"]]
         ]
-        if not here:
+        if part == "selection" or not here:
             continue
-        yield f"{part.capitalize()}: held-out accuracy of the chosen arms."
+        yield f"{part.capitalize()}: held-out accuracy of the arms."
         yield from _arms(here)
         differences = list(_differences(here))
         if differences:
             yield f"{part.capitalize()}: differences of the same seeds, in points."
             head = ["samples", "difference", "seeds", "mean", "95 % interval", "better in"]
             yield from table(head, differences)
-        if part == "confirmation":
-            rows = list(_needs(here, best))
+        if part != "patience":
+            rows = list(_needs(here))
             if rows:
                 yield "What one needs for the other's mean accuracy, 95 % interval in brackets."
                 head = ["", "accuracy", "it has", "the other needs", "times as many"]
                 yield from table(head, rows)
-    yield from _unrun(best, missing)
+    yield from _unrun(chosen, missing)
 
 
 def figure(lines: Iterable[Line], best: Mapping[str, str | None]) -> Figure:
@@ -268,12 +272,12 @@ def _differences(lines: Sequence[Line]) -> Iterator[list[str]]:
                 ]
 
 
-def _needs(lines: Sequence[Line], best: Mapping[str, str | None]) -> Iterator[list[str]]:
+def _needs(lines: Sequence[Line]) -> Iterator[list[str]]:
     """What plain dp needs for the accuracy of anchored ones of every size, and those for plain
     dp's best.
     """
     found = _by_seed(lines, "test_accuracy")
-    sizes = {kind: [size for size, name in sorted(found) if name == kind] for kind in best}
+    sizes = {kind: [size for size, name in sorted(found) if name == kind] for kind in KINDS}
     kinds = ("anchored", "late")
     goals = [(kind, size, "dp") for kind in kinds for size in sizes[kind]]
     if sizes["dp"]:

@@ -22,7 +22,7 @@ from benchmarks import RESULTS
 from benchmarks.harness.arguments import add_lines, lines_file, new_parser
 from benchmarks.harness.records import read_records
 from benchmarks.studies.births import nearest_earlier
-from benchmarks.studies.settings import COMMON, OPTIONS, Fields
+from benchmarks.studies.settings import COMMON, OPTIONS, Fields, recipe_of
 from benchmarks.studies.tables import tables
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
@@ -130,7 +130,7 @@ class Curve(Callback):
 
 def measure(fields: Fields, unguided: UnguidedSamples) -> Fields:
     """One run's line."""
-    recipe, curve = Recipe.load("fashion", **fields), Curve()
+    recipe, curve = recipe_of(fields), Curve()
     (result,) = DeliberatePractice(recipe, unguided=unguided).run(progress=False, callbacks=[curve])
     return line_of(recipe, result, curve)
 
@@ -198,9 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if seed not in unguided:
                     # prune draws up to the last oversampled id; what the cache lacks is made when
                     # it is asked for
-                    unguided[seed] = shared(
-                        Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1]
-                    )
+                    unguided[seed] = shared(recipe_of({**fields, "sources": "static"}), sizes[-1])
                 line = json.dumps(
                     {**measure(fields, unguided[seed]), "part": part, "fields": fields}
                 )

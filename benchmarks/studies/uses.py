@@ -267,7 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
     lines = read_records(results, KINDS, needed=options.tables)
     if not options.tables:
         asked = [run for use in options.use or USES for run in wanted_runs(use, study, design)]
-        for run in sorted(asked, key=lambda run: run.fields["seed"] not in design.few):
+        _, few = design.seeds["confirmation"]
+        for run in sorted(asked, key=lambda run: run.fields["seed"] not in few):
             lines = read_records(results, KINDS)  # of other processes too
             if (run.arm, run.fields) in [(each["arm"], each["fields"]) for each in lines]:
                 continue

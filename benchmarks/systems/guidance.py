@@ -35,7 +35,7 @@ from benchmarks.harness.arguments import (
     lines_file,
     new_parser,
 )
-from benchmarks.studies.settings import LATE
+from benchmarks.studies.settings import late
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
@@ -60,6 +60,7 @@ LEARNER: dict[str, Any] = {
     "sources": "dp",
     "omega": 0.05,
     "anchor": 0.0,
+    "anchor_schedule": (),
     "steps": STEPS,
     "every": EVERY,
     "cfg_scale": CFG,
@@ -205,7 +206,7 @@ class Bench:
                 omega=cell.omega,
                 anchor=cell.kappa,
                 every=EVERY,
-                anchor_schedule=LATE if cell.late else (),
+                anchor_schedule=late() if cell.late else (),
             ),
             steps=STEPS,
             cfg_scale=cell.cfg_scale,

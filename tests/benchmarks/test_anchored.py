@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from statistics import mean
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.studies.anchored_tables import (
     needed,
     paired,
 )
+from benchmarks.studies.settings import recipe_of
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import guidance_config
@@ -58,7 +60,12 @@ def finished(part, lines, design=FULL, accuracy=lambda run: 0.8):
 
 
 def best_arm(run):
-    return 0.8 + 0.02 * (run.arm in ("omega 0.08", "omega 0.08, CFG 3.5", "omega 0.2, kappa 0.5"))
+    best = ("omega 0.08", "omega 0.08, CFG 3.5", "omega 0.2, kappa 0.5", "omega 0.2, kappa 2 late")
+    return 0.8 + 0.02 * (run.arm in best) + 0.03 * run.arm.endswith("kappa 2 late from 0.25")
+
+
+def compared_arms(lines):
+    return anchored.compared_arms(lines, FULL)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +74,11 @@ def selected():
 
 
 def test_every_run_is_a_recipe_whose_rounds_make_its_samples(selected):
-    lines = finished("patience", finished("confirmation", selected))
-    assert len(lines) == 3 * (3 + 2 + 6 + 1) + 6 * (12 + 4 * 6) + 5 * 6
+    lines = selected
+    for part in anchored.GROUPS:
+        lines = finished(part, lines)
+    ran = [3 * (3 + 2 + 6 + 11 + 1), 6 * (12 + 4 * 6), 2 * (12 + 4 * 6), 5 * 6]
+    assert list(Counter(each["part"] for each in lines).values()) == ran
     for each in lines:
         practice = Recipe.load("fashion", **each["fields"]).practice
         assert practice.maximum_samples == each["size"]
@@ -99,7 +109,7 @@ def test_the_selection_tries_more_cfg_at_the_best_omega_of_plain_dp(selected):
         "omega 0.08",
         "omega 0.08, CFG 3.5",
         "omega 0.2, kappa 0.5",
-        "omega 0.08, kappa 1 late",
+        "omega 0.2, kappa 2 late from 0.25",
         "prune",
     ]
     last = max(i for i, each in enumerate(selected) if each["kind"] == "anchored")
@@ -134,13 +144,42 @@ def test_the_confirmation_begins_at_the_middle_size_and_has_a_seeds_arms_togethe
     assert kinds == {"static", "dp", "late", "prune"}
 
 
-def test_a_late_anchor_is_that_of_the_second_half_of_the_steps(selected):
-    ((name, fields),) = arms("late", selected, FULL).items()
-    recipe = Recipe.load("fashion", **anchored.COMMON | fields)
-    guidance = guidance_config(recipe)
-    strengths = [guidance.at(i, 8) for i in sorted(guidance.steps(8))]
-    assert strengths == [(0.08, 0.0), (0.08, 0.0), (0.08, 1.0), (0.08, 1.0)]
-    assert (name, fields["omega"]) == ("omega 0.08, kappa 1 late", 0.08)
+def test_a_late_anchor_is_that_of_the_last_steps(selected):
+    found = arms("late", selected, FULL)
+    assert len(found) == 3 * 3 + 2
+    for name, wanted in (
+        (anchored.FOUND, [(0.12, 0.0), (0.12, 0.0), (0.12, 1.0), (0.12, 1.0)]),
+        ("omega 0.2, kappa 2 late from 0.25", [(0.2, 0.0), (0.2, 2.0), (0.2, 2.0), (0.2, 2.0)]),
+        ("omega 0.2, kappa 2 late from 0.75", [(0.2, 0.0), (0.2, 0.0), (0.2, 0.0), (0.2, 2.0)]),
+    ):
+        guidance = guidance_config(recipe_of(anchored.COMMON | found[name]))
+        assert [guidance.at(i, 8) for i in sorted(guidance.steps(8))] == wanted, name
+    # where it begins is asked of the best that begins in the middle, when all of these ran
+    begun = [each for each in selected if each["arm"] in list(found)[: 3 * 3]]
+    assert len(arms("late", begun[:-1], FULL)) == 3 * 3
+
+
+def test_the_replication_has_seeds_of_its_own_and_the_chosen_late_arm(selected):
+    both = {part: list(runs(part, selected, FULL)) for part in ("confirmation", "replication")}
+    late = {part: {r.arm for r in each if r.kind == "late"} for part, each in both.items()}
+    assert late == {
+        "confirmation": {anchored.FOUND},
+        "replication": {"omega 0.2, kappa 2 late from 0.25"},
+    }
+    seeds = {part: {r.fields["seed"] for r in each} for part, each in both.items()}
+    assert not seeds["replication"] & (seeds["confirmation"] | {0, 1, 2})
+    assert {run.kind for run in both["replication"]} == {"dp", "late"}
+    # its chosen arm is in its tables, and in no table of the other part
+    lines = finished("replication", finished("confirmation", selected))
+    text = "\n".join(anchored_tables(lines, compared_arms(lines), {}))
+    replication = text.index("Replication: ")
+    assert "from 0.25 | 12 |" in text[replication:]
+    assert "from 0.25 | 12 |" not in text[text.index("Confirmation: ") : replication]
+
+
+def test_the_paper_guides_where_a_runs_fields_do_not_say():
+    guidance = recipe_of({"seed": 3}).guidance
+    assert (guidance.omega, guidance.anchor, guidance.anchor_schedule) == (0.05, 0.0, ())
 
 
 def test_a_line_is_made_once_and_only_what_is_missing_is_left(selected):
@@ -155,7 +194,7 @@ def test_nothing_is_left_of_what_was_written_and_read(selected, monkeypatch, tmp
     monkeypatch.setattr(anchored, "CFG_SCALES", (2.5, 3))
     lines, results = [], tmp_path / "anchored.jsonl"
     for part in anchored.PARTS:
-        for _ in range(2):  # plain dp's arm is known, then that of more CFG
+        for _ in range(2):  # of what the first runs make known: more CFG, where an anchor begins
             new = [
                 line(run, best_arm(run)) | {"fields": run.fields} for run in left(part, lines, FULL)
             ]
@@ -175,7 +214,7 @@ def test_a_seed_that_ran_twice_is_one_seed(selected):
     assert chosen("dp", [*plain, other, other], FULL) == "omega 0.08"
     short = [each | {"size": 80, "validation_accuracy": 1.0} for each in plain[:3]]
     assert chosen("dp", [*plain, *short], FULL) == "omega 0.08"
-    best = dict.fromkeys(anchored.KINDS)
+    best = {"selection": dict.fromkeys(anchored.KINDS)}
     once, more = (
         "\n".join(anchored_tables(lines, best, {})) for lines in (plain, [plain[0], *plain])
     )
@@ -196,7 +235,7 @@ def test_of_runs_that_share_unguided_samples_one_makes_them(tmp_path, monkeypatc
     kept.write_text("{}")
     after = anchored._next(("selection",), [], FULL, found[:1])
     assert found[0] not in after
-    assert [run.fields["seed"] for run in after].count(0) == 2 + 6 + 1  # other arms
+    assert [run.fields["seed"] for run in after].count(0) == 2 + 6 + 9 + 1  # other arms
 
 
 @pytest.mark.long
@@ -205,6 +244,7 @@ def test_a_short_study_resumes_and_repeats_its_lines(tmp_path, monkeypatch, caps
     for name, values in (("OMEGAS", (0.08,)), ("CFG_SCALES", ()), ("ANCHORS", (0.5,))):
         monkeypatch.setattr(anchored, name, values)
     monkeypatch.setattr(anchored, "ANCHORED_OMEGAS", (0.12,))
+    monkeypatch.setattr(anchored, "LATE_OMEGAS", ())
     results = tmp_path / "anchored.jsonl"
     command = ["--short", "--part", "selection", "--results", str(results)]
     assert anchored.main(command) == 0
@@ -227,7 +267,7 @@ def test_a_short_study_resumes_and_repeats_its_lines(tmp_path, monkeypatch, caps
 
     capsys.readouterr()
     assert anchored.main(["--short", "--tables", "--results", str(results)]) == 0
-    assert "The selection has not chosen yet: cfg." in capsys.readouterr().out
+    assert "The selection has not chosen yet: cfg, late." in capsys.readouterr().out
 
 
 def test_a_worker_that_dies_is_named_with_its_run(monkeypatch, selected):
@@ -305,7 +345,7 @@ def test_the_tables_say_what_the_lines_hold(selected):
         return base + {"anchored": 0.019, "static": -0.03}.get(run.kind, 0.0)
 
     lines = finished("patience", finished("confirmation", selected, accuracy=accuracy))
-    best = {kind: chosen(kind, lines, FULL) for kind in anchored.KINDS}
+    best = compared_arms(lines)
     text = "\n".join(anchored_tables(lines, best, {"confirmation": [], "patience": ["dp", "dp"]}))
     assert "| dp, omega 0.08 | 3 | 82.00 ± 0.00 | 82.00 ± 0.00 | 4.00 | chosen |" in text
     assert "| 2,000 | anchored - dp | 12 | +1.90 | +1.90 to +1.90 | 12 of 12 |" in text
@@ -332,8 +372,7 @@ def test_the_figure_has_a_line_for_each_source(selected, tmp_path, capsys):
     assert run_bench([*command, str(file)]) == 0
     assert file.stat().st_size > 10_000
     assert not capsys.readouterr().out
-    best = {kind: chosen(kind, lines, FULL) for kind in anchored.KINDS}
-    (axes,) = figure(lines, best).axes
+    (axes,) = figure(lines, compared_arms(lines)["confirmation"]).axes
     points = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 5]
     assert points[:1] == [[[n, pytest.approx(80)] for n in (500, 1000, 2000, 4000, 8000)]]
     assert {text.get_text() for text in axes.texts} == {
@@ -374,5 +413,5 @@ def test_a_record_of_another_kind_is_named_with_its_line(changes, selected, tmp_
 def test_an_arm_that_is_chosen_no_more_is_in_no_table(selected):
     (run, *_) = runs("confirmation", selected, FULL)
     stray = line(run, 0.123, kind="dp", arm="omega 0.9")
-    best = {kind: chosen(kind, selected, FULL) for kind in anchored.KINDS}
-    assert "12.30" not in "\n".join(anchored_tables([*selected, stray], best, {}))
+    tables = anchored_tables([*selected, stray], compared_arms(selected), {})
+    assert "12.30" not in "\n".join(tables)
