@@ -31,7 +31,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.families.dit import DiTDenoiser
 from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.solvers import SolverTable, ddim_table
+from dpfast.generate.solver_tables import SolverTable, ddim_table
 from dpfast.generate.step import StepParts, Variant, step_function
 from dpfast.learn.models import load_judge
 from dpfast.ops import dispatch

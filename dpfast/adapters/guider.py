@@ -16,7 +16,8 @@ from dpfast.adapters import live_pipeline
 from dpfast.adapters.gradient import LearnerGradient, no_anchor
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig, label_score, predict_x0
-from dpfast.generate.solvers import ddim_table, is_flow
+from dpfast.generate.solver_tables import ddim_table
+from dpfast.generate.solvers import is_flow
 from dpfast.ops.guided_step import Prediction
 
 

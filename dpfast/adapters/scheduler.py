@@ -17,7 +17,7 @@ from dpfast.adapters import live_pipeline
 from dpfast.adapters.gradient import LearnerGradient, Network, no_anchor
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.solvers import SolverTable, ddim_table
+from dpfast.generate.solver_tables import SolverTable, ddim_table
 from dpfast.ops import guided_step
 
 

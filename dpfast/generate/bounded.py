@@ -19,7 +19,7 @@ from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath, predict_x0
 from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
 from dpfast.generate.models.denoiser import Denoiser, predict
-from dpfast.generate.solvers import SolverTable
+from dpfast.generate.solver_tables import SolverTable
 from dpfast.hardware.live_bytes import bytes_per_sample
 
 log = logging.getLogger(__name__)

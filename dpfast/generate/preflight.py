@@ -26,7 +26,7 @@ from dpfast.generate.guidance import (
 from dpfast.generate.models.decoder import ResizedDecoder, VaeDecoder, times_a_tiny_one
 from dpfast.generate.models.denoiser import embeds_scale
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.solvers import SolverTable
+from dpfast.generate.solver_tables import SolverTable
 from dpfast.generate.step import StepParts, Variant
 from dpfast.ops import normal
 

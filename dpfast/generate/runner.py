@@ -24,7 +24,7 @@ from dpfast.generate.compiling import CompileCosts, Tuner, keep_compiled
 from dpfast.generate.feature_cache import FeatureCache
 from dpfast.generate.graphs import Captured, Recorder, recorder_on
 from dpfast.generate.models.regional import Region, Regions, has_region
-from dpfast.generate.solvers import SolverTable
+from dpfast.generate.solver_tables import SolverTable
 from dpfast.generate.step import (
     Finished,
     StepInputs,

@@ -21,10 +21,7 @@ from diffusers.schedulers import (
 )
 
 from dpfast.config import STOCHASTIC, SolverName
-from dpfast.generate.solvers import (
-    AUTO,
-    FLOW_SOLVERS,
-    SOLVERS,
+from dpfast.generate.solver_tables import (
     SolverTable,
     ddim_table,
     dpmpp_2m_table,
@@ -35,6 +32,7 @@ from dpfast.generate.solvers import (
     lcm_table,
     tcd_table,
 )
+from dpfast.generate.solvers import AUTO, FLOW_SOLVERS, SOLVERS
 from dpfast.ops import DynamicThreshold, guided_step, normal
 
 SHAPE = (3, 4, 8, 8)

@@ -11,7 +11,7 @@ from dpfast.ops import DynamicThreshold, dispatch, guided_step, normal
 from tests.tolerances import SCHEDULER
 
 diffusers = pytest.importorskip("diffusers", reason="the schedulers are diffusers' own")
-schedule = pytest.importorskip("dpfast.generate.solvers")
+schedule = pytest.importorskip("dpfast.generate.solver_tables")
 pytestmark = pytest.mark.skipif(
     dispatch.INTERPRETED, reason="the kernels' variants have tests of their own"
 )

@@ -18,7 +18,8 @@ from dpfast.generate.pipelines import attention as kernels
 from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.prompts import Prompts
-from dpfast.generate.solvers import SolverTable, solver_table
+from dpfast.generate.solver_tables import SolverTable
+from dpfast.generate.solvers import solver_table
 from dpfast.hardware.device import device_of
 from dpfast.ops.quantise import HOPPER
 
