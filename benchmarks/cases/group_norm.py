@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants
 from dpfast.ops import group_norm
-from dpfast.ops.group_norm import bytes_moved
+from dpfast.ops.group_norm.triton import bytes_moved
 
 GROUPS, EPS = 32, 1e-5
 

@@ -28,8 +28,8 @@ from dpfast.ops.gate_norm_modulate import gate_norm_modulate_kernel
 from dpfast.ops.gate_norm_modulate import settings as gate_norm_settings
 from dpfast.ops.geglu import geglu_backward_kernel, geglu_kernel
 from dpfast.ops.geglu import settings as geglu_settings
-from dpfast.ops.group_norm import WARPS as GROUP_NORM_WARPS
-from dpfast.ops.group_norm import (
+from dpfast.ops.group_norm.triton import WARPS as GROUP_NORM_WARPS
+from dpfast.ops.group_norm.triton import (
     apply_kernel,
     backward_coefficients_kernel,
     backward_kernel,
@@ -38,7 +38,7 @@ from dpfast.ops.group_norm import (
     group_settings,
     moments_kernel,
 )
-from dpfast.ops.group_norm import settings as group_norm_settings
+from dpfast.ops.group_norm.triton import settings as group_norm_settings
 from dpfast.ops.guided_step import triton as guided
 from dpfast.ops.quantise import quantise_kernel
 from dpfast.ops.quantise import settings as quantise_settings

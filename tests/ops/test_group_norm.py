@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from dpfast.hardware.traffic import count_traffic
 from dpfast.ops import dispatch, group_norm, group_norm_and_x
 from dpfast.ops.audit import group_norm_variant
-from dpfast.ops.group_norm import bytes_moved, reference
+from dpfast.ops.group_norm import reference, triton
+from dpfast.ops.group_norm.triton import bytes_moved
 from tests.tolerances import GROUP_NORM, HALF_ULP
-
-module = importlib.import_module("dpfast.ops.group_norm")  # the function has its name
 
 # Triton's interpreter truncates to bf16, a GPU rounds.
 ROUNDED = [torch.float16] if dispatch.INTERPRETED else [torch.float16, torch.bfloat16]
@@ -374,16 +371,16 @@ class TestKernels:
         problem = Problem((1, (20,), (19, 20), 2), device=device)
         problem.assert_exact()
         if broken == "programs":
-            right = module._Cut.of
+            right = triton._Cut.of
             monkeypatch.setattr(
-                module._Cut,
+                triton._Cut,
                 "of",
                 lambda *given, **options: (cut := right(*given, **options))._replace(
                     programs=(cut.programs[0] - 1,)
                 ),
             )
         else:
-            monkeypatch.setattr(module._Cut, "span", property(lambda cut: 2 * cut.tile[0]))
+            monkeypatch.setattr(triton._Cut, "span", property(lambda cut: 2 * cut.tile[0]))
         with pytest.raises(AssertionError):
             problem.assert_exact()
 
@@ -444,7 +441,7 @@ COEFFICIENTS = {"moments": 0, "apply": 64, "backward sums": 64 + 16, "backward":
 def test_the_formula_is_what_all_audited_programs_move(channels):
     tensor = 4096 * sum(channels) * 2
     for backward, names in ((False, ("moments", "apply")), (True, ("backward sums", "backward"))):
-        rows, chunks, block = module.settings(max(channels), 4096, 2, backward)
+        rows, chunks, block = triton.settings(max(channels), 4096, 2, backward)
         programs = 4096 // (rows * chunks) * (sum(channels) // block)
         launches = bytes_moved(1, channels, 4096, 2, backward=backward)[::2]
         for name, launch in zip(names, launches, strict=True):
