@@ -28,7 +28,14 @@ from dpfast.errors import InputError
 from dpfast.ops import dispatch
 from dpfast.planning.architectures import META, published
 
-MODULES = ("bias_residual", "gate_norm_modulate", "geglu", "group_norm", "relu_chain")
+MODULES = (
+    "bias_residual",
+    "gate_norm_modulate",
+    "geglu",
+    "group_norm",
+    "group_norm.triton",
+    "relu_chain",
+)
 PROCESSES = 4
 
 

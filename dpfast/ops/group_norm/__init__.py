@@ -39,7 +39,9 @@ from torch.autograd.function import once_differentiable
 
 from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
-from dpfast.ops.group_norm.triton import backward, bytes_moved, forward, table
+from dpfast.ops.group_norm.triton import backward as _backward
+from dpfast.ops.group_norm.triton import bytes_moved, table
+from dpfast.ops.group_norm.triton import forward as _forward
 from dpfast.ops.layout import nhwc, nhwc_like
 from dpfast.ops.traffic import register_traffic
 
@@ -63,9 +65,9 @@ def reference(
     return F.silu(y) if silu else y
 
 
-# Called in a graph, where something looks at it; `forward` otherwise.
-_operation = torch.library.custom_op("dpfast::group_norm", forward, mutates_args=())
-_derivative = torch.library.custom_op("dpfast::group_norm_backward", backward, mutates_args=())
+# Called in a graph, where something looks at it; `_forward` otherwise.
+_operation = torch.library.custom_op("dpfast::group_norm", _forward, mutates_args=())
+_derivative = torch.library.custom_op("dpfast::group_norm_backward", _backward, mutates_args=())
 
 
 @_operation.register_fake
@@ -258,7 +260,7 @@ def group_norm_and_x(
     if not dispatch.has_kernels("group_norm", sources[0]):
         return reference(x, weight, bias, groups, eps, shift, silu), x
     first, second = nhwc(sources[0]), nhwc(sources[1]) if len(sources) == 2 else None
-    run = _Differentiable.apply if dispatch.in_graph(first, second) else forward
+    run = _Differentiable.apply if dispatch.in_graph(first, second) else _forward
     y, _, _, *handed = run(first, second, weight, bias, groups, eps, shift, silu)
     if not handed:
         return y, x
