@@ -8,8 +8,8 @@
     confirmation   static, plain dp, dp with more CFG, anchored, anchored late, and prune on other
                    seeds, at all sizes, the middle one first; additions after the same steps
                    (``add_at``) in all
-    replication    plain dp and the late arm that the selection chose, the same way, on seeds that
-                   no earlier part has
+    replication    plain dp, the late arm that the selection chose, and the one that was found
+                   before, the same way, on seeds that no earlier part has
     patience       the arms of the confirmation at the middle size, each adding by its own patience
 
 "late" has an anchor in the last steps alone. Its first arm was a control of ``dpfast bench uses``,
@@ -61,9 +61,9 @@ FOUND = "omega 0.12, kappa 1 late"
 LATE_OMEGAS, LATE_KAPPAS, LATE_BEGINS = (0.12, 0.2, 0.3), (0.5, 1.0, 2.0), (0.25, 0.75)
 # kinds of a part in the order in which a seed runs them; prune, the dearest, when others are there
 GROUPS = {
-    "confirmation": (KINDS[:-1], KINDS[-1:]),
-    "replication": (("dp", "late"),),
-    "patience": (KINDS[1:-1], KINDS[-1:]),  # static adds nothing
+    "confirmation": (("static", "dp", "cfg", "anchored", "late"), ("prune",)),
+    "replication": (("dp", "late", "found"),),
+    "patience": (("dp", "cfg", "anchored", "late"), ("prune",)),  # static adds nothing
 }
 PARTS = ("selection", *GROUPS)
 LINE_KNOWN = {"births": BIRTHS, "nearest": NUMBER.or_null()}
@@ -150,6 +150,8 @@ def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
             for omega in ANCHORED_OMEGAS
             for kappa in ANCHORS
         }
+    if kind == "found":
+        return {FOUND: arms("late", (), design)[FOUND]}
     if kind == "late":
         half = {
             f"omega {omega:g}, kappa {kappa:g} late": {
@@ -176,6 +178,8 @@ def chosen(kind: str, lines: Sequence[Line], design: Design) -> str | None:
     """
     if kind in ("static", "prune"):
         return kind
+    if kind == "found":
+        return FOUND
     return _best(kind, arms(kind, lines, design), lines, design)
 
 

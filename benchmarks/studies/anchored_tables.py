@@ -33,6 +33,7 @@ KINDS = (
     "cfg",
     "anchored",
     "late",
+    "found",
     "prune",
 )  # in the order in which a seed runs them
 LINE: dict[str, Kind] = {  # of a finished run, as far as it is read
@@ -53,6 +54,8 @@ LINE: dict[str, Kind] = {  # of a finished run, as far as it is read
 PAIRS = (
     ("anchored", "dp"),
     ("late", "dp"),
+    ("found", "dp"),
+    ("late", "found"),
     ("late", "anchored"),
     ("late", "cfg"),
     ("anchored", "cfg"),

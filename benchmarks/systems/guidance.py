@@ -103,7 +103,7 @@ def cells() -> Iterator[Cell]:
     forms = {
         1: ({}, {"cfg_scale": 2.5}, {"projected": True}, {"kappa": 0.5}, {"kappa": 1.0}),
         2: ({"cfg_scale": 3.5}, {"kappa": 0.25}, {"cfg_scale": 2.0}, {"kappa": 2.0}),
-        3: ({"kappa": 1.0, "late": True},),
+        3: ({"kappa": 1.0, "late": True}, {"kappa": 2.0, "late": True}),
     }
     yield Cell(0.0)
     ways = ((1, OMEGAS[:3]), (2, OMEGAS[:3]), (1, OMEGAS[3:]), (2, OMEGAS[3:]), (3, OMEGAS))

@@ -77,7 +77,7 @@ def test_every_run_is_a_recipe_whose_rounds_make_its_samples(selected):
     lines = selected
     for part in anchored.GROUPS:
         lines = finished(part, lines)
-    ran = [3 * (3 + 2 + 6 + 11 + 1), 6 * (12 + 4 * 6), 2 * (12 + 4 * 6), 5 * 6]
+    ran = [3 * (3 + 2 + 6 + 11 + 1), 6 * (12 + 4 * 6), 3 * (12 + 4 * 6), 5 * 6]
     assert list(Counter(each["part"] for each in lines).values()) == ran
     for each in lines:
         practice = Recipe.load("fashion", **each["fields"]).practice
@@ -110,6 +110,7 @@ def test_the_selection_tries_more_cfg_at_the_best_omega_of_plain_dp(selected):
         "omega 0.08, CFG 3.5",
         "omega 0.2, kappa 0.5",
         "omega 0.2, kappa 2 late from 0.25",
+        anchored.FOUND,
         "prune",
     ]
     last = max(i for i, each in enumerate(selected) if each["kind"] == "anchored")
@@ -168,7 +169,9 @@ def test_the_replication_has_seeds_of_its_own_and_the_chosen_late_arm(selected):
     }
     seeds = {part: {r.fields["seed"] for r in each} for part, each in both.items()}
     assert not seeds["replication"] & (seeds["confirmation"] | {0, 1, 2})
-    assert {run.kind for run in both["replication"]} == {"dp", "late"}
+    arms_of = {run.kind: run.arm for run in both["replication"]}
+    assert arms_of.keys() == {"dp", "late", "found"}
+    assert arms_of["found"] == anchored.FOUND
     # its chosen arm is in its tables, and in no table of the other part
     lines = finished("replication", finished("confirmation", selected))
     text = "\n".join(anchored_tables(lines, compared_arms(lines), {}))

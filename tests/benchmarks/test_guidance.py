@@ -59,7 +59,8 @@ def test_the_cells_are_those_that_the_question_needs():
     for cell in cells:
         curves.setdefault(cell.form, set()).add(cell.omega)
     assert curves.pop("projected") == strengths
-    assert curves.pop("CFG 1.5, kappa 1 late") == strengths
+    for kappa in (1, 2):
+        assert curves.pop(f"CFG 1.5, kappa {kappa} late") == strengths
     for kappa in (0.25, 0.5, 1, 2):
         assert curves.pop(f"CFG 1.5, kappa {kappa:g}") == strengths
     for scale in (1.5, 2, 2.5, 3.5):
