@@ -65,7 +65,7 @@ def test_a_grid_has_the_same_samples_in_every_cell(kept_run, pipeline_folder, tm
     assert height > 9 * 48
 
     alone = tmp_path / "alone"
-    given = ["--learner", str(kept_run), "--at", "2", "--omega", "0.2"]
+    given = ["--learner", str(kept_run), "--at", "2", "--omega", "0.2", "--anchor", "0"]
     assert main(arguments(pipeline_folder, alone, *given)) == 0
     assert files(alone) == guided[1]
     assert (alone / "overview.png").is_file()

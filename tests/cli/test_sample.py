@@ -103,19 +103,24 @@ def test_an_anchor_that_cannot_be_is_named_in_one_line(options, message, tmp_pat
 
 
 def test_an_anchor_changes_images_and_0_is_none(tmp_path):
-    given = ["sample", "--labels", "0", "--count", "2", "--steps", "2", "--omega", "0.1"]
+    # of four steps two are guided, of which the recipe anchors the later
+    given = ["sample", "--labels", "0", "--count", "2", "--steps", "4", "--omega", "0.1"]
 
     def images(*options):
         out = tmp_path / "-".join(("out", *options)).replace("--", "")
         assert main([*given, "--out", str(out), *options]) == 0
         return sorted(path.read_bytes() for path in out.rglob("*.png"))
 
-    plain = images()
+    recipe = images()
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["guidance"]["omega"] == 0.1
     assert settings["learner"] == "the embedded judge"
-    assert images("--guidance.anchor", "0") == plain
-    assert images("--anchor", "1") != plain
+    assert settings["guidance"]["anchor"] == 2.0  # the recipe's
+    assert images("--guidance.anchor", "2") == recipe
+    plain = images("--anchor", "0")
+    assert plain != recipe
+    assert images("--anchor", "0", "--anchor-schedule", "") == plain
+    assert images("--anchor", "1") != recipe
     settings = json.loads((tmp_path / "out-anchor-1" / "settings.json").read_text())
     assert settings["guidance"]["anchor"] == 1.0
 

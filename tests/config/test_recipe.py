@@ -90,7 +90,7 @@ def test_an_anchor_needs_no_cfg_where_nothing_is_guided():
 
 
 def test_a_negative_prompt_needs_cfg_in_some_round():
-    alone = {"negative_prompt": "blurry", "cfg_scale": 1.0}
+    alone = {"negative_prompt": "blurry", "cfg_scale": 1.0, "anchor": 0.0}
     for rounds in ({}, {"cfg_scale_rounds": (1.0,)}):
         with pytest.raises(RecipeError, match=r"^negative_prompt = 'blurry': expected '' with cfg"):
             Recipe.load("fashion", **alone, **rounds)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpfast.cli.main import new_parser
+from dpfast.cli.recipes import recipe_of
 from dpfast.cli.run import resolve
 from dpfast.config import Recipe
 from dpfast.errors import InputError
@@ -51,6 +52,20 @@ def test_other_commands_are_ones_that_can_be_typed(name):
         assert words[words.index("--out") + 1] == f"out/{command.makes}"
         if "--learner" in words:
             assert words[words.index("--learner") + 1] == "out/dp-seed5"
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_no_run_or_picture_of_the_paper_is_anchored(name, small):
+    if small and name not in SMALL:
+        pytest.skip("none in small")
+    assert {run.recipe.guidance.anchor for run in runs_of(name, small=small)} <= {0.0}
+    for command in load_table(name, small=small).commands:
+        words = words_of(command, Path("out"), "folder", 5)
+        if words[0] == "sample":
+            arguments = new_parser().parse_args(words)
+            given = {} if arguments.anchor is None else {"anchor": arguments.anchor}
+            assert recipe_of(arguments, **given).guidance.anchor == 0
 
 
 @pytest.mark.parametrize("name", SMALL)

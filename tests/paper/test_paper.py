@@ -195,7 +195,7 @@ def test_a_folder_of_another_table_and_of_other_things_is_refused(small, capsys,
     ("change", "said"),
     [
         ({"iterations": 200}, "iterations = 300 was 200"),
-        ({"omega": 0.1}, "omega = None was 0.1"),
+        ({"omega": 0.1}, "omega = 0.05 was 0.1"),
         ({"recipe": "mine"}, "recipe = 'fashion' was 'mine'"),
     ],
 )
