@@ -4,7 +4,8 @@
     dpfast bench anchored --tables --figure docs/images/anchored.png
 
     selection      arms of every kind at the middle size; of each kind the one of the highest
-                   validation accuracy goes on; static runs of the same seeds, for their gains
+                   validation accuracy goes on, of "late" to the replication; static runs of
+                   the same seeds, for their gains
     confirmation   static, plain dp, dp with more CFG, anchored, anchored late, and prune on other
                    seeds, at all sizes, the middle one first; additions after the same steps
                    (``add_at``) in all

@@ -35,7 +35,7 @@ KINDS = (
     "late",
     "found",
     "prune",
-)  # in the order in which a seed runs them
+)
 LINE: dict[str, Kind] = {  # of a finished run, as far as it is read
     **dict.fromkeys(("part", "arm"), TEXT),
     "kind": Kind(lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
@@ -281,7 +281,7 @@ def _needs(lines: Sequence[Line]) -> Iterator[list[str]]:
     """
     found = _by_seed(lines, "test_accuracy")
     sizes = {kind: [size for size, name in sorted(found) if name == kind] for kind in KINDS}
-    kinds = ("anchored", "late")
+    kinds = ("anchored", "late", "found")
     goals = [(kind, size, "dp") for kind in kinds for size in sizes[kind]]
     if sizes["dp"]:
         top = max(sizes["dp"], key=lambda size: mean(found[size, "dp"].values()))

@@ -7,7 +7,7 @@ labels, resumable.
 
 A cell is a form of guidance at one strength; every cell makes the same labels with the same noise.
 One learner guides all of them: that of the finished run in the folder RUN, or the one that a run of
-the recipe `fashion` leaves, which is trained once and kept.
+the recipe `fashion`, guided as the paper does, leaves; it is trained once and kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.harness.arguments import (
     lines_file,
     new_parser,
 )
-from benchmarks.studies.settings import late
+from benchmarks.studies.settings import PAPER, late
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
@@ -58,9 +58,7 @@ STEPS, EVERY, CFG = 8, 2, 1.5  # those of the study
 # what the learner that guides was trained by, whatever the recipe's own fields become
 LEARNER: dict[str, Any] = {
     "sources": "dp",
-    "omega": 0.05,
-    "anchor": 0.0,
-    "anchor_schedule": (),
+    **PAPER,
     "steps": STEPS,
     "every": EVERY,
     "cfg_scale": CFG,
@@ -286,7 +284,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="?",
         help="folder of a finished run, whose learner guides (default: one of the recipe fashion, "
-        "trained once and kept in runs/guidance)",
+        "guided as the paper does, trained once and kept in runs/guidance)",
     )
     parser.add_argument(
         "--count", type=at_least(2), default=5000, help="samples of each cell (default 5000)"

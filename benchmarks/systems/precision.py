@@ -31,7 +31,7 @@ from dpfast.learn.precision import Autocast
 from dpfast.ops import entropy
 
 RECORDS = RESULTS / "precision.jsonl"
-STEPS, EVERY, OMEGA, CFG = 8, 2, 0.05, 1.5  # of the recipe "fashion"
+STEPS, EVERY, OMEGA, CFG = 8, 2, 0.05, 1.5  # of the recipe "fashion", guided as the paper does
 CPU = torch.device("cpu")
 
 

@@ -123,6 +123,19 @@ def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
     return Recipe.load(arguments.recipe, **overrides, **given)
 
 
+def guiding_words(arguments: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """Returns options of ``dpfast sample`` that guide by the recipe's omega: where it is 0 by that
+    of its file, if that is of the same generator; and without its anchor where none can be.
+    """
+    file = Recipe.load(arguments.recipe)
+    if recipe.generator.pipeline != file.generator.pipeline:
+        file = Recipe()
+    omega = recipe.guidance.omega or file.guidance.omega or Recipe().guidance.omega
+    words = ["--omega", f"0,{omega:g}"]
+    alone = recipe.guidance.anchor and recipe.generator.cfg_scale == 1
+    return [*words, *(["--anchor", "0"] if alone else [])]
+
+
 def recipe_words(arguments: argparse.Namespace, *names: str) -> list[str]:
     """Returns the recipe of a command line and its fields as they were said, for another command:
     its first word, and options. names: of the fields that the other one has; without any all of

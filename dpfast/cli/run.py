@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from dpfast import launch
 from dpfast.cli import Next, first, page_of, vacant
 from dpfast.cli.parser import Commands
-from dpfast.cli.recipes import add_recipe_command, launched, recipe_of, recipe_words
+from dpfast.cli.recipes import (
+    add_recipe_command,
+    guiding_words,
+    launched,
+    recipe_of,
+    recipe_words,
+)
 from dpfast.cli.sample import FIELDS
 from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import InputError
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     about = "train by Deliberate Practice, beside other sources of samples"
-    example = "dpfast run fashion --omega 0.1 --out runs/strong"
+    example = "dpfast run fashion --omega 0.2 --out runs/strong"
     parser = add_recipe_command(commands, "run", run, about, example=example, page="quickstart.md")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/RECIPE)"
@@ -172,10 +178,9 @@ def _next(arguments: argparse.Namespace, spec: RunSpec) -> Next:
     if not there(page):  # the disk was full
         steps = [("the page of this run", ["dpfast", "report", str(out)])]
     if recipe.practice.generates:
-        omega = recipe.guidance.omega or Recipe().guidance.omega
         words = recipe_words(arguments, *FIELDS, "guidance.anchor")
         words = words[1:] if words[0] == "fashion" else ["--recipe", *words]
-        words += ["--learner", str(out), "--labels", "0,1", "--omega", f"0,{omega:g}"]
+        words += ["--learner", str(out), "--labels", "0,1", *guiding_words(arguments, recipe)]
         words += ["--out", str(vacant(out.with_name(f"{out.name}-samples")))]
         steps.append(("images that its learner guides", ["dpfast", "sample", *words]))
     runs = _runs_beside(out)

@@ -9,7 +9,13 @@ from typing import Any
 
 from dpfast.cli import Next, vacant, without
 from dpfast.cli.parser import Commands, add_command
-from dpfast.cli.recipes import add_fields, folder_words, recipe_of, recipe_words
+from dpfast.cli.recipes import (
+    add_fields,
+    folder_words,
+    guiding_words,
+    recipe_of,
+    recipe_words,
+)
 from dpfast.config import Recipe, fields
 from dpfast.config.kinds import joined, parted
 from dpfast.errors import InputError
@@ -21,6 +27,7 @@ from dpfast.textfiles import to_json
 STRENGTHS = ("guidance.omega", "guidance.anchor")  # of which several may be given
 ELSEWHERE = (*STRENGTHS, "guidance.guide_with", "generator.compile")
 OWN = ("seed", "device")
+EMBEDDED = "fashion"  # the recipe and its generator
 FIELDS = [
     name
     for name in fields()
@@ -35,7 +42,7 @@ def add(commands: Commands) -> None:
         "sample",
         sample,
         "write images of given classes",
-        example="dpfast sample --labels 0,1 --omega 0,0.05 --out samples",
+        example="dpfast sample --labels 0,1 --omega 0,0.12 --out samples",
         page="guides/embed_sampler.md",
         usage=usage,
     )
@@ -71,7 +78,7 @@ def add(commands: Commands) -> None:
         dest="anchor",
         metavar="X,...",
         help=f"{fields()['guidance.anchor'].help}; or several, as of --omega (default: the "
-        "recipe's)",
+        "recipe's; 0 for another generator than that of the default recipe)",
     )
     parser.add_argument(
         "--learner",
@@ -93,7 +100,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--recipe",
-        default="fashion",
+        default=EMBEDDED,
         metavar="RECIPE",
         help="the recipe whose [generator] and [guidance] hold (default: fashion)",
     )
@@ -158,7 +165,7 @@ def _next(arguments: argparse.Namespace, recipe: Recipe, *, guided: bool) -> Nex
     if not guided:
         words = without(arguments.words, "--out", "--omega", "--guidance.omega")
         guided_out = str(vacant(out.with_name(f"{out.name}-guided")))
-        words += ["--omega", f"0,{Recipe().guidance.omega:g}", "--out", guided_out]
+        words += [*guiding_words(arguments, recipe), "--out", guided_out]
         if recipe.generator.pipeline != Recipe().generator.pipeline:  # no embedded judge knows it
             words += ["--learner", "FOLDER"]
             return Next(("the same samples, guided by the learner of a run", ["dpfast", *words]))
@@ -186,6 +193,9 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     value that is given twice.
     """
     given = {"omega": arguments.omega, "anchor": arguments.anchor}
+    pipeline = recipe_of(arguments, omega="0").generator.pipeline
+    if given["anchor"] is None and arguments.recipe == EMBEDDED != pipeline:
+        given["anchor"] = "0"  # the recipe's is for the generator that it names
     texts = {name: _members(text) for name, text in given.items() if text is not None}
     recipes = [
         recipe_of(arguments, **dict(zip(texts, values, strict=True)))

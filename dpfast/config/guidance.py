@@ -64,7 +64,8 @@ class Guidance(Section, name="guidance"):
         low=0,
         common=True,
         help="how strongly the generator's own label score, which classifier-free guidance has "
-        "computed, joins the criterion's gradient, both of length 1; 0: the paper's guidance",
+        "computed, joins the criterion's gradient, both of length 1, times anchor_schedule; 0: the "
+        "paper's guidance",
     )
     omega_schedule: tuple[tuple[float, float], ...] = option(
         (),
@@ -80,7 +81,8 @@ class Guidance(Section, name="guidance"):
         unit="fraction:factor",
         low=0,
         unset="1 in all steps",
-        help="what anchor is multiplied by, the same way",
+        help="what anchor is multiplied by along a trajectory: pairs as of omega_schedule; a step "
+        "of factor 0 is guided as the paper does",
     )
     omega_classes: str = option(
         "",

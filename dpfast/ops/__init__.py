@@ -2,8 +2,8 @@
 
 Each file holds one operation, in reading order: its formula and the bytes that it moves, the
 reference in plain PyTorch, the Triton kernel, the call of the C++ kernel (csrc), the registration
-with torch and the public function; the guided step takes a folder. `backend_of` tells which kernels
-an operation would use on a device; `DPFAST_BACKEND` forces one.
+with torch and the public function; `guided_step` and `group_norm` take a folder. `backend_of` tells
+which kernels an operation would use on a device; `DPFAST_BACKEND` forces one.
 
 What operations share: `dispatch` (the rule that chooses kernels), `check` (of arguments), `layout`
 (channels_last memory), `traffic` (what each launches and moves, for counters) and `triton_stub`

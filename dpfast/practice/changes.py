@@ -35,6 +35,7 @@ TRAINING = "the weights so far were trained by it"
 DATES = "it decides when samples are added, and has decided so far"
 ROUNDING = "it changes the rounding of what comes, no more"
 MEMORY = "it decides where things lie, not what they are"
+ANCHORS = ("anchor", "anchor_rounds", "anchor_classes")
 GIVEN_AT_BIRTH = (  # or not, whatever they are called by now
     "held_out",
     "class_counts",
@@ -241,6 +242,8 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
         name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)
     }
     asked = _flat(recipe)
+    if not any(each.get(name) for each in (asked, born) for name in ANCHORS):
+        allowed.add("anchor_schedule")  # of no anchor
     refused = [
         f"{name} = {asked.get(name)!r} was {born.get(name)!r} ({_rule(name)})"
         for name in sorted(asked.keys() | born.keys())

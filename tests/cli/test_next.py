@@ -119,7 +119,7 @@ def test_samples_lead_to_guided_ones_those_to_a_learner_and_its_own_to_its_page(
     arguments = parsed("sample --labels 'Bag,1' --omega=0 --out s --steps 4")
     recipe = sample._recipes(arguments)[0]
     assert commands(sample._next(arguments, recipe, guided=False), capsys) == [
-        "dpfast sample --labels Bag,1 --steps 4 --omega 0,0.05 --out s-guided"
+        "dpfast sample --labels Bag,1 --steps 4 --omega 0,0.12 --out s-guided"
     ]
     assert commands(sample._next(arguments, recipe, guided=True), capsys) == [
         "dpfast run fashion --steps 4"
@@ -134,6 +134,21 @@ def test_samples_lead_to_guided_ones_those_to_a_learner_and_its_own_to_its_page(
     assert commands(sample._next(arguments, recipe, guided=True), capsys) == [
         "dpfast report 'my run'"
     ]
+
+
+@pytest.mark.parametrize(
+    "words", ["sample --labels 1 --out s --cfg-scale 1", "run fashion --omega 0 --cfg-scale 1"]
+)
+def test_what_is_proposed_has_no_anchor_where_there_cannot_be_one(words, capsys):
+    arguments = parsed(words)
+    if words.startswith("run"):
+        told = commands(run._next(arguments, run.resolve(arguments)), capsys)[1]
+    else:
+        recipe = sample._recipes(arguments)[0]
+        (told,) = commands(sample._next(arguments, recipe, guided=False), capsys)
+    assert "--omega 0,0.12 --anchor 0" in told
+    found = sample._recipes(parsed(told.removeprefix("dpfast ")))
+    assert [each.guidance.anchor for each in found] == [0, 0]
 
 
 def test_an_option_is_left_out_with_its_value_however_it_was_said():

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from dpfast.cli.main import main
+from dpfast.cli import sample
+from dpfast.cli.main import main, new_parser
 from tests.tiny_pipelines import NAMES
 
 TEXT = ["--class-names", ", ".join(NAMES), "--prompt-template", "a red photo of a {}"]
@@ -123,6 +124,21 @@ def test_an_anchor_changes_images_and_0_is_none(tmp_path):
     assert images("--anchor", "1") != recipe
     settings = json.loads((tmp_path / "out-anchor-1" / "settings.json").read_text())
     assert settings["guidance"]["anchor"] == 1.0
+
+
+def test_the_default_recipes_anchor_is_for_its_own_generator(pipeline_folder, tmp_path):
+    def anchor(*options):
+        words = ["sample", "--labels", "0", "--omega", "0.1", "--out", "x", *options]
+        (recipe,) = sample._recipes(new_parser().parse_args(words))
+        return recipe.guidance.anchor
+
+    own = ("--pipeline", str(pipeline_folder))
+    assert anchor() == anchor("--pipeline", "fashion") == 2
+    assert anchor(*own) == anchor(*own, "--cfg-scale", "1") == 0
+    assert anchor(*own, "--anchor", "0.5") == 0.5
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[guidance]\nanchor = 1.0\n")
+    assert anchor(*own, "--recipe", str(recipe)) == 1
 
 
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):

@@ -165,6 +165,16 @@ def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, 
         continued(tmp_path / "run", halved)
 
 
+def test_a_schedule_of_no_anchor_may_change(short, tmp_path):
+    late = ((0.375, 0.0), (0.5, 1.0))
+    with RunWriter(tmp_path / "run", short):
+        pass
+    continued(tmp_path / "run", with_(short, "guidance", anchor_schedule=late))
+    anchored = with_(short, "guidance", anchor=1.0, anchor_schedule=late)
+    with pytest.raises(RecipeError, match=r"anchor = 1.0 was 0.0 .*anchor_schedule = .* was \[\]"):
+        continued(tmp_path / "run", anchored)
+
+
 def images(folder, counts):
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)

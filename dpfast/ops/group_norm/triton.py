@@ -1,8 +1,7 @@
 """The Triton kernels of ``group_norm`` and their launches; the formulas stand in ``__init__``.
 
 The third launch of a pass goes through its programs backwards: what the first has read last is
-still in the cache. Nothing is added atomically, so bits repeat, and no sample's bits depend on
-another's.
+still in the cache. Nothing is added atomically.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
