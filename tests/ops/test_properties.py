@@ -13,7 +13,7 @@ from tests.ops.conftest import INTERPRETED
 from tests.tolerances import ENTROPY, NORMAL
 
 pytest.importorskip("hypothesis", reason="the inputs are hypothesis' choice")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 examples = settings(
@@ -73,6 +73,7 @@ def test_relative_guidance_moves_by_omega_norms(
     against=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
+@example(batch=4, elements=2, kappa=1.0, prediction="epsilon", against=0.76613870507, seed=645)
 def test_no_anchored_move_leads_away_from_the_label_at_kappa_of_one_or_more(
     batch, elements, kappa, prediction, against, seed, device
 ):
@@ -89,7 +90,8 @@ def test_no_anchored_move_leads_away_from_the_label_at_kappa_of_one_or_more(
     moved = guided_step(x, cond, uncond, grad, table, 0, anchor=kappa, **options) - x
     along = (moved * label).sum(dim=1) / label.norm(dim=1)
     assert (along >= -1e-4 * x.norm(dim=1)).all()
-    assert (moved.norm(dim=1) <= 0.5 * x.norm(dim=1) * (1 + 1e-4)).all()
+    # |d| is the root of numbers near 1 that cancel to 2^-10, and keep 2^-12 of it or so
+    assert (moved.norm(dim=1) <= 0.5 * x.norm(dim=1) * (1 + 2**-10)).all()
 
 
 @examples
