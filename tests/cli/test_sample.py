@@ -116,14 +116,14 @@ def test_an_anchor_changes_images_and_0_is_none(tmp_path):
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["guidance"]["omega"] == 0.1
     assert settings["learner"] == "the embedded judge"
-    assert settings["guidance"]["anchor"] == 2.0  # the recipe's
-    assert images("--guidance.anchor", "2") == recipe
+    assert settings["guidance"]["anchor"] == 1.0  # the recipe's
+    assert images("--guidance.anchor", "1") == recipe
     plain = images("--anchor", "0")
     assert plain != recipe
     assert images("--anchor", "0", "--anchor-schedule", "") == plain
-    assert images("--anchor", "1") != recipe
-    settings = json.loads((tmp_path / "out-anchor-1" / "settings.json").read_text())
-    assert settings["guidance"]["anchor"] == 1.0
+    assert images("--anchor", "2") not in (recipe, plain)
+    settings = json.loads((tmp_path / "out-anchor-2" / "settings.json").read_text())
+    assert settings["guidance"]["anchor"] == 2.0
 
 
 def test_the_default_recipes_anchor_is_for_its_own_generator(pipeline_folder, tmp_path):
@@ -133,12 +133,12 @@ def test_the_default_recipes_anchor_is_for_its_own_generator(pipeline_folder, tm
         return recipe.guidance.anchor
 
     own = ("--pipeline", str(pipeline_folder))
-    assert anchor() == anchor("--pipeline", "fashion") == 2
+    assert anchor() == anchor("--pipeline", "fashion") == 1
     assert anchor(*own) == anchor(*own, "--cfg-scale", "1") == 0
     assert anchor(*own, "--anchor", "0.5") == 0.5
     recipe = tmp_path / "mine.toml"
-    recipe.write_text("[guidance]\nanchor = 1.0\n")
-    assert anchor(*own, "--recipe", str(recipe)) == 1
+    recipe.write_text("[guidance]\nanchor = 2.0\n")
+    assert anchor(*own, "--recipe", str(recipe)) == 2
 
 
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
