@@ -138,7 +138,7 @@ def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
     if kind == "dp":
         return {f"omega {omega:g}": {"omega": omega} for omega in OMEGAS}
     if kind == "cfg":
-        best = _best("dp", arms("dp", lines, design), lines, design)
+        best = chosen("dp", lines, design)
         if best is None:
             return {}
         plain = arms("dp", lines, design)[best]

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import add_lines, lines_file, new_parser
-from benchmarks.harness.records import read_records
+from benchmarks.harness.records import append_line, read_records
 from benchmarks.studies.births import nearest_earlier
 from benchmarks.studies.settings import COMMON, OPTIONS, Fields, recipe_of
 from benchmarks.studies.tables import tables
@@ -199,11 +199,6 @@ def main(arguments: list[str] | None = None) -> int:
                     # prune draws up to the last oversampled id; what the cache lacks is made when
                     # it is asked for
                     unguided[seed] = shared(recipe_of({**fields, "sources": "static"}), sizes[-1])
-                line = json.dumps(
-                    {**measure(fields, unguided[seed]), "part": part, "fields": fields}
-                )
-                results.parent.mkdir(parents=True, exist_ok=True)
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-                print(line, flush=True)
+                line = measure(fields, unguided[seed]) | {"part": part, "fields": fields}
+                append_line(results, line)
     return 0
