@@ -7,7 +7,8 @@ labels, resumable.
 
 A cell is a form of guidance at one strength; every cell makes the same labels with the same noise.
 One learner guides all of them: that of the finished run in the folder RUN, or the one that a run of
-the recipe `fashion`, guided as the paper does, leaves; it is trained once and kept.
+the recipe `fashion`, guided as the paper does, leaves; it is trained once and kept. Its weights
+depend on the number of threads: those of the committed cells are of two, ``OMP_NUM_THREADS=2``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import predict
 from dpfast.files import there
 from dpfast.generate import step
@@ -270,6 +272,19 @@ def finished(results: Path) -> list[Record]:
     return records.read_records(results, guidance_tables.KINDS, guidance_tables.KNOWN)
 
 
+def check_learner(named: str, lines: Iterable[Record], results: Path) -> None:
+    """Raises ``InputError`` where another learner guided a line: no table could hold its cells and
+    those of this one, and hours would be lost.
+    """
+    others = sorted({line["learner"] for line in lines} - {named})
+    if others:
+        raise InputError(
+            f"results = {str(results)!r}: has cells of the learner {', '.join(others)}, and "
+            f"{named} would guide the new ones; train it on the same kind of processor with as "
+            "many threads, or give another --results"
+        )
+
+
 def chosen(rows: str, *, short: bool) -> list[Cell]:
     """The cells that ``--rows`` asks for."""
     every = SHORT if short else list(cells())
@@ -323,6 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sheet is not None:
         bench.sheet(options.sheet)
         return 0
+    check_learner(bench.named, finished(results), results)
     for cell in wanted:
         settings = bench.settings(cell, options.count)
         # before, or in another process

@@ -10,6 +10,7 @@ import torch
 from benchmarks import run
 from benchmarks.systems import guidance, guidance_tables
 from benchmarks.systems.guidance import Cell
+from dpfast.errors import InputError
 from dpfast.generate.guidance import label_score
 
 
@@ -203,6 +204,15 @@ def test_cells_of_several_learners_are_not_one_table(results, capsys):
     results.write_text(results.read_text() + other + "\n")
     assert run.main(["guidance", "--tables", "--results", str(results)]) == 2
     assert "cells of 2 learners; expected cells of one learner" in capsys.readouterr().err
+
+
+def test_no_cell_is_measured_beside_those_of_another_learner(results):
+    lines = guidance.finished(results)
+    (named,) = {line["learner"] for line in lines}
+    guidance.check_learner(named, lines, results)
+    guidance.check_learner("4567", [], results)
+    with pytest.raises(InputError, match=rf"has cells of the learner {named}, and 4567 would"):
+        guidance.check_learner("4567", lines, results)
 
 
 @pytest.mark.parametrize(
