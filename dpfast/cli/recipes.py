@@ -125,15 +125,19 @@ def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
 
 def guiding_words(arguments: argparse.Namespace, recipe: Recipe) -> list[str]:
     """Returns options of ``dpfast sample`` that guide by the recipe's omega: where it is 0 by that
-    of its file, if that is of the same generator; and without its anchor where none can be.
+    of its file, if that is of the same generator; and without its anchor where none can be. The
+    anchor of a file's own generator has to be said for another one.
     """
-    file = Recipe.load(arguments.recipe)
-    if recipe.generator.pipeline != file.generator.pipeline:
+    file, anchor = Recipe.load(arguments.recipe), recipe.guidance.anchor
+    other = recipe.generator.pipeline != file.generator.pipeline
+    if other:
         file = Recipe()
     omega = recipe.guidance.omega or file.guidance.omega or Recipe().guidance.omega
     words = ["--omega", f"0,{omega:g}"]
-    alone = recipe.guidance.anchor and recipe.generator.cfg_scale == 1
-    return [*words, *(["--anchor", "0"] if alone else [])]
+    if anchor and recipe.generator.cfg_scale == 1:
+        return [*words, "--anchor", "0"]
+    said = getattr(arguments, "field.guidance.anchor", None) is not None
+    return [*words, *(["--anchor", f"{anchor:g}"] if anchor and other and not said else [])]
 
 
 def recipe_words(arguments: argparse.Namespace, *names: str) -> list[str]:

@@ -364,6 +364,11 @@ class Practice(Section, name="practice"):
         return "dp" in self.sources or ("mix" in self.sources and self.mix_with == "dp")
 
     @property
+    def may_guide(self) -> bool:
+        """False if no source makes guided samples; one of the user's own may."""
+        return self.guides or any(name not in SOURCES for name in self.sources)
+
+    @property
     def generates(self) -> bool:
         """True if some source makes samples, and does not only read them."""
         return any(name not in READ for name in self.sources)

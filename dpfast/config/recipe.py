@@ -219,7 +219,8 @@ class Recipe(Section, name=""):
             "0 where guided samples have cfg_scale = 1: it needs the two predictions of "
             "classifier-free guidance"
         )
-        without = bool(guidance.anchor and guidance.omega) and self.generator.cfg_scale == 1
+        anchored = bool(guidance.anchor and guidance.omega) and self.practice.may_guide
+        without = anchored and self.generator.cfg_scale == 1
         require(not without, "anchor", guidance.anchor, wanted)
         apart = guidance.criterion != "disagreement" or self.learner.ema_decay > 0
         wanted = "another with ema_decay = 0: both weights are the same"

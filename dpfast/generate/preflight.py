@@ -237,6 +237,27 @@ def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, to
         raise InputError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
 
 
+def warn_of_idle_anchor(schedule: Schedule, variants: Sequence[Variant], begin: int) -> None:
+    """Warns, once a process and schedule, of an anchor whose schedule is 0 in all guided steps with
+    classifier-free guidance from step ``begin`` on.
+
+    variants: of all steps of a guided trajectory.
+    """
+    kinds = zip(variants, factors(schedule, len(variants)), strict=True)
+    if not any(each.guided and each.cfg and factor for each, factor in [*kinds][begin:]):
+        _warn_of_idle_anchor(tuple(map(tuple, schedule)))
+
+
+@functools.cache
+def _warn_of_idle_anchor(schedule: Schedule) -> None:
+    points = ", ".join(f"{fraction:g}:{factor:g}" for fraction, factor in schedule)
+    log.warning(
+        "anchor has no effect: anchor_schedule = %s is 0 in all guided steps with classifier-free "
+        "guidance, so they guide as the paper does",
+        points,
+    )
+
+
 @functools.cache
 def warn_of_idle_cfg(
     folder: Path, has_null: bool, embedded: bool, scale: float, interval: tuple[float, float]

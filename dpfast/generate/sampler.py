@@ -511,7 +511,8 @@ class GuidedSampler:
     ) -> None:
         """Checks that guided samples that begin at ``step`` have what an anchor is made of.
 
-        That is classifier-free guidance in a guided step.
+        That is classifier-free guidance in a guided step. Warns, once a process and schedule, where
+        ``anchor_schedule`` is 0 in all such steps.
 
         Args:
             cfg_scale: Scale of classifier-free guidance; None: as configured.
@@ -521,13 +522,15 @@ class GuidedSampler:
         Raises:
             InputError: Where they have not.
         """
+        variants = self.variants(guided=True, cfg_scale=cfg_scale)
         preflight.check_anchored(
             self.guidance.anchor if anchor is None else anchor,
             self.pipeline,
-            self.variants(guided=True, cfg_scale=cfg_scale)[step:],
+            variants[step:],
             self.cfg_scale if cfg_scale is None else cfg_scale,
             self.cfg_interval,
         )
+        preflight.warn_of_idle_anchor(self.guidance.anchor_schedule, variants, step)
 
     def _not_finite(self, ids: list[int], lost: list[int]) -> InputError:
         """Returns the message for samples ``ids`` of which so many lost their latents, and their

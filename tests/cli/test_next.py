@@ -151,6 +151,18 @@ def test_what_is_proposed_has_no_anchor_where_there_cannot_be_one(words, capsys)
     assert [each.guidance.anchor for each in found] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("said", "anchor"), [("", 1.0), ("--anchor 0.5", 0.5), ("--anchor 0", 0.0)]
+)
+def test_what_a_run_of_another_generator_proposes_has_the_anchor_of_the_run(said, anchor, capsys):
+    arguments = parsed(f"run fashion --pipeline sdxl --class-names cat,dog {said}")
+    told = commands(run._next(arguments, run.resolve(arguments)), capsys)[1]
+    assert told.count("--anchor") == bool(said or anchor)
+    found = sample._recipes(parsed(told.removeprefix("dpfast ")))
+    assert [each.guidance.anchor for each in found] == [anchor, anchor]
+    assert {each.guidance.anchor_schedule for each in found} == {((0.375, 0.0), (0.5, 1.0))}
+
+
 def test_an_option_is_left_out_with_its_value_however_it_was_said():
     words = ["a", "--out", "x", "--omega=1", "--count", "2"]
     assert without(words, "--out", "--omega") == ["a", "--count", "2"]

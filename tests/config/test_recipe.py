@@ -82,11 +82,18 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(overrides, named):
 
 def test_an_anchor_needs_no_cfg_where_nothing_is_guided():
     assert Recipe.load("fashion", anchor=0.5, omega=0.0, cfg_scale=1.0).guidance.anchor == 0.5
+    for sources in ("static,prune,dynamic", "mix", "pool"):
+        unguided = {"sources": sources, "mix_with": "static", "real": "fashion", "pool_from": "x"}
+        recipe = Recipe.load("fashion", anchor=0.5, omega=0.1, cfg_scale=1.0, **unguided)
+        assert not recipe.practice.may_guide
     rounds = {"anchor": 0.5, "omega_rounds": (0.1, 0.0), "cfg_scale_rounds": (2.0, 1.0)}
     assert Recipe.load("fashion", **rounds).guidance.anchor == 0.5
     for omegas in ((0.1, 0.2), (0.0, 0.0, 0.1), (0.1,)):
         with pytest.raises(RecipeError, match="guided samples have cfg_scale = 1"):
             Recipe.load("fashion", **{**rounds, "omega_rounds": omegas})
+    for sources in ("static,dp", "mix", "sources:own"):
+        with pytest.raises(RecipeError, match="guided samples have cfg_scale = 1"):
+            Recipe.load("fashion", anchor=0.5, cfg_scale=1.0, sources=sources, real="fashion")
 
 
 def test_a_negative_prompt_needs_cfg_in_some_round():

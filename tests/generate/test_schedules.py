@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dpfast.adapters.cond_fn import make_cond_fn
 from dpfast.adapters.gradient import LearnerGradient
 from dpfast.errors import InputError
+from dpfast.generate import preflight
 from dpfast.generate.guidance import GuidanceConfig, factors
 from dpfast.generate.sampler import GuidedSampler
 from tests.generate.standin import StandInRecorder, force_reference
@@ -176,3 +177,37 @@ def test_a_loop_of_ones_own_says_the_step(learner):
             [0.9, 0.5],
             guidance=GuidanceConfig(mode="score", every=1, omega_schedule=RISING),
         )
+
+
+@pytest.mark.parametrize(
+    ("points", "steps", "begin", "idle"),
+    [
+        (((0.5, 0.0), (0.6, 1.0)), 5, 0, False),  # step 4 of 0, 2, 4 is guided and anchored
+        (((0.8, 0.0), (0.9, 1.0)), 5, 0, True),
+        (((0.4, 0.0), (0.5, 1.0)), 2, 0, True),  # step 1 is anchored, 0 alone is guided
+        (((0.4, 1.0), (0.5, 0.0)), 5, 0, False),  # steps 0 and 2
+        (((0.4, 1.0), (0.5, 0.0)), 5, 3, True),
+        ((), 2, 0, False),
+    ],
+)
+def test_an_anchor_that_acts_in_no_step_is_warned_of_once(
+    points, steps, begin, idle, pipeline, learner, caplog
+):
+    preflight._warn_of_idle_anchor.cache_clear()
+    sampler = new_sampler(pipeline, learner, replace(PLAIN, anchor_schedule=points), steps=steps)
+    for _ in range(2):
+        sampler.check_anchored(step=begin)
+    told = [line for line in caplog.messages if "anchor has no effect" in line]
+    assert len(told) == idle
+    if idle:
+        first, second = (f"{fraction:g}:{factor:g}" for fraction, factor in points)
+        assert f"anchor_schedule = {first}, {second} is 0 in all guided steps" in told[0]
+
+
+def test_an_anchor_of_steps_without_cfg_alone_is_warned_of(pipeline, learner, caplog):
+    preflight._warn_of_idle_anchor.cache_clear()
+    late = replace(PLAIN, anchor_schedule=((0.5, 0.0), (0.6, 1.0)))  # step 4 of 0, 2, 4
+    new_sampler(pipeline, learner, late).generate([0])
+    assert not caplog.messages
+    new_sampler(pipeline, learner, late, cfg_interval=(0.0, 0.5)).generate([0])
+    assert [line for line in caplog.messages if "anchor has no effect" in line]
