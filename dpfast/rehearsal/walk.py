@@ -30,7 +30,7 @@ from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
 from dpfast.generate import graphs
 from dpfast.generate.from_recipe import guidance_config
-from dpfast.generate.guidance import cfg_steps
+from dpfast.generate.guidance import cfg_steps, factors
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
 from dpfast.learn import checkpointing, trainer
@@ -135,17 +135,20 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
 
 def _fewest_steps(recipe: Recipe) -> int:
     """Returns the shortest trajectory that has, in each round, every kind of step of the recipe's
-    own: guided or not, with classifier-free guidance or without. Two are walked where there are
-    two.
+    own: guided or not, anchored or not, with classifier-free guidance or without. Two are walked
+    where there are two.
     """
     total = recipe.generator.steps
     rounds = [recipe.of_round(number) for number in range(recipe.scheduled_rounds + 1)]
     ways = {(each.guidance, each.generator.cfg_schedule): each for each in rounds}
 
-    def kinds(way: Recipe, total: int) -> set[tuple[bool, bool]]:
-        guided = guidance_config(way).steps(total)
+    def kinds(way: Recipe, total: int) -> set[tuple[bool, bool, bool]]:
+        guidance = guidance_config(way)
+        guided = guidance.steps(total)
         cfg = cfg_steps(way.generator.cfg_interval, way.generator.cfg_schedule, total)
-        return {(i in guided, i in cfg) for i in range(total)}
+        has_one = bool(way.guidance.anchor or way.guidance.anchor_classes)
+        begun = factors(guidance.anchor_schedule if has_one else (), total)
+        return {(i in guided, i in cfg, i in guided and begun[i] > 0) for i in range(total)}
 
     wanted = [(way, kinds(way, total)) for way in ways.values()]
     shorter = range(min(total, 2), total + 1)
