@@ -13,8 +13,9 @@ namespace {
 
 constexpr int64_t kBlock = kNoiseBlock;
 constexpr float kNormFloor = 1e-8f;
-constexpr double kShortest = 1.0 / 32.0;  // SHORTEST and SMALLEST in reference.py
+constexpr double kShortest = 1.0 / 32.0;  // SHORTEST, SMALLEST and STRONGEST in reference.py
 constexpr double kSmallest = 1.1754943508222875e-38;
+constexpr double kStrongest = 1099511627776.0;  // 2^40
 
 struct Factors {
   double x, pred, grad, label;  // the last: of pred_cond - pred_uncond, beside its part in pred
@@ -133,7 +134,8 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
     case Prediction::kFlow: x0 = {1, -sigma, 0, 0}, eps = {1, alpha, 0, 0}; break;
   }
   const void* grad = args.grad;
-  const double kappa = args.anchor[sample * args.anchor_stride];
+  double kappa = args.anchor[sample * args.anchor_stride];
+  if (args.relative && kappa > kStrongest) kappa = kStrongest;
   bool anchored = false;
   const bool asked = kappa != 0.0 && grad != nullptr && args.pred_uncond != nullptr;
   if (grad != nullptr) {

@@ -165,7 +165,9 @@ def anchored_tables(
         yield from _arms(here)
         differences = list(_differences(here))
         if differences:
-            yield f"{part.capitalize()}: differences of the same seeds, in points."
+            named = {line["kind"]: line["arm"] for line in here if line["kind"] != line["arm"]}
+            told = "; ".join(f"{kind} is {arm}" for kind, arm in named.items())
+            yield f"{part.capitalize()}: differences of the same seeds, in points. Here {told}."
             head = ["samples", "difference", "seeds", "mean", "95 % interval", "better in"]
             yield from table(head, differences)
         if part != "patience":
@@ -258,21 +260,33 @@ def _arms(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _differences(lines: Sequence[Line]) -> Iterator[list[str]]:
+    """Those of each size, and where there are several those of a seed's mean over "all"."""
     found = _by_seed(lines, "test_accuracy")
-    for size in sorted({size for size, _ in found}):
+    sizes = sorted({size for size, _ in found})
+    rows = {f"{size:,}": {kind: found.get((size, kind), {}) for kind in KINDS} for size in sizes}
+    if len(sizes) > 1:
+        rows["all"] = {kind: _over_sizes(found, kind, sizes) for kind in KINDS}
+    for size, by_kind in rows.items():
         for first, second in PAIRS:
-            values = paired(found.get((size, first), {}), found.get((size, second), {}))
+            values = paired(by_kind[first], by_kind[second])
             if values:
                 middle, low, high = interval([100 * value for value in values])
                 wins = sum(value > 0 for value in values)
                 yield [
-                    f"{size:,}",
+                    size,
                     f"{first} - {second}",
                     str(len(values)),
                     f"{middle:+.2f}",
                     f"{low:+.2f} to {high:+.2f}" if len(values) > 1 else "",
                     f"{wins} of {len(values)}",
                 ]
+
+
+def _over_sizes(found: Mapping[tuple[int, str], Values], kind: str, sizes: Sequence[int]) -> Values:
+    """The mean over sizes of a kind, of the seeds that all of them have."""
+    values = [found.get((size, kind), {}) for size in sizes]
+    seeds = set.intersection(*(set(each) for each in values))
+    return {seed: mean(each[seed] for each in values) for seed in seeds}
 
 
 def _needs(lines: Sequence[Line]) -> Iterator[list[str]]:

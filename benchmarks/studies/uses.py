@@ -205,7 +205,8 @@ def measure(run: Run) -> Line:
 
 def tables(lines: Sequence[Line], others: Sequence[Line]) -> Iterator[str]:
     """The lines of Markdown tables: each use, and its differences to plain dp and anchored runs of
-    the same seeds. others: lines of ``dpfast bench anchored`` of the chosen arms at that size.
+    the same seeds, that of "kappa" to its control as well. others: lines of ``dpfast bench
+    anchored`` of the chosen arms at that size.
     """
     by_kind = {
         kind: {line["seed"]: line for line in others if line["kind"] == kind}
@@ -217,7 +218,8 @@ def tables(lines: Sequence[Line], others: Sequence[Line]) -> Iterator[str]:
         if not found:
             continue
         rows.append([use, *_described(list(found.values()))])
-        for kind, beside in by_kind.items():
+        control = {"random": by_use["random"]} if use == "kappa" else {}
+        for kind, beside in {**by_kind, **control}.items():
             first, second = (
                 {seed: 100 * line["test_accuracy"] for seed, line in each.items()}
                 for each in (found, beside)

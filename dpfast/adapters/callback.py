@@ -137,7 +137,7 @@ class GuidanceCallback(PipelineCallback):
             },
         )
         score = None
-        if self.guidance.anchor:
+        if self.guidance.at(following, total)[1]:
             unconditional = network(x, begun, **self._unconditional(callback_kwargs, len(x)))
             score = label_score(conditional, unconditional[:, : x.shape[1]], prediction)
         moved = self.gradient.displaced(x, gradient, score, at=(following, total))

@@ -184,6 +184,23 @@ def test_an_anchored_callback_moves_along_both_directions(name, through, request
     assert callback.skipped == 0
 
 
+def test_a_late_anchor_costs_a_forward_where_it_acts_alone(sd, learner):
+    forwards, taken = [], {}
+    sd.unet.register_forward_hook(lambda *_: forwards.append(1))
+    late = GuidanceConfig(omega=0.05, every=2, anchor=0.5, anchor_schedule=((0.5, 0), (0.6, 1)))
+    callback = GuidanceCallback(sd, learner, guidance=late)
+
+    class Spy(GuidanceCallback):
+        def callback_fn(self, pipe, step, timestep, given):
+            began = len(forwards)
+            out = callback.callback_fn(pipe, step, timestep, given)
+            taken[step + 1] = len(forwards) - began
+            return out
+
+    run(sd, callback_on_step_end=Spy(sd, learner))
+    assert {step: count for step, count in taken.items() if count} == {2: 1, 4: 2}
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v", "sample", "flow"])
 def test_what_an_adapter_ascends_is_what_the_step_does(kind, learner):
     """In float64, of each kind of prediction: the move and the score's gradient; what is not finite

@@ -244,33 +244,33 @@ def test_of_runs_that_share_unguided_samples_one_makes_them(tmp_path, monkeypatc
 @pytest.mark.long
 def test_a_short_study_resumes_and_repeats_its_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, values in (("OMEGAS", (0.08,)), ("CFG_SCALES", ()), ("ANCHORS", (0.5,))):
+    few = {"OMEGAS": (0.08,), "CFG_SCALES": (), "ANCHORS": (0.5,), "ANCHORED_OMEGAS": (0.12,)}
+    few |= {"LATE_OMEGAS": (0.12,), "LATE_KAPPAS": (1.0,), "LATE_BEGINS": ()}
+    for name, values in few.items():
         monkeypatch.setattr(anchored, name, values)
-    monkeypatch.setattr(anchored, "ANCHORED_OMEGAS", (0.12,))
-    monkeypatch.setattr(anchored, "LATE_OMEGAS", ())
     results = tmp_path / "anchored.jsonl"
     command = ["--short", "--part", "selection", "--results", str(results)]
     assert anchored.main(command) == 0
     lines = anchored.read(results)
-    assert [each["kind"] for each in lines] == ["dp", "anchored", "static"]
-    assert [each["samples"] for each in lines] == [80, 80, 80]
+    assert [each["kind"] for each in lines] == ["dp", "anchored", "late", "static"]
+    assert [each["samples"] for each in lines] == [80, 80, 80, 80]
     assert [point[0] for point in lines[0]["curve"]] == [8, 11, 15, 18, 21, 25]
     assert lines[0]["births"]["added"]["samples"] == 60
     assert len(list((tmp_path / "runs" / "study").iterdir())) == 1
 
     # the run without a line is made again, by another worker and with its bits; the other is not
     kept = results.read_text().splitlines(keepends=True)
-    results.write_text(kept[0] + kept[2])
+    results.write_text("".join([kept[0], *kept[2:]]))
     assert anchored.main([*command, "--workers", "2"]) == 0
-    first, other, again = anchored.read(results)
-    assert [first, other] == lines[::2]
+    *others, again = anchored.read(results)
+    assert others == [lines[0], *lines[2:]]
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in lines[1].items() if "seconds" not in k
     }
 
     capsys.readouterr()
     assert anchored.main(["--short", "--tables", "--results", str(results)]) == 0
-    assert "The selection has not chosen yet: cfg, late." in capsys.readouterr().out
+    assert "The selection has not chosen yet: cfg." in capsys.readouterr().out
 
 
 def test_a_worker_that_dies_is_named_with_its_run(monkeypatch, selected):
@@ -353,6 +353,9 @@ def test_the_tables_say_what_the_lines_hold(selected):
     assert "| dp, omega 0.08 | 3 | 82.00 ± 0.00 | 82.00 ± 0.00 | 4.00 | chosen |" in text
     assert "| 2,000 | anchored - dp | 12 | +1.90 | +1.90 to +1.90 | 12 of 12 |" in text
     assert "| 500 | dp - static | 6 | +3.00 | +3.00 to +3.00 | 6 of 6 |" in text
+    assert "| all | anchored - dp | 6 | +1.90 | +1.90 to +1.90 | 6 of 6 |" in text
+    assert text.count("| all | anchored - dp |") == 1, "patience has one size"
+    assert "differences of the same seeds, in points. Here dp is omega 0.08; " in text
     # 1.9 points are 1.9 doublings, 3.73 times; what 4,000 reach is beyond dp's largest
     for row in (
         "samples: dp for anchored with 2,000 | 73.90 | 2,000 | 7,464 [7,464, 7,464] | 3.73 [3.73, ",

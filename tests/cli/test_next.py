@@ -160,7 +160,7 @@ def test_what_a_run_of_another_generator_proposes_has_the_anchor_of_the_run(said
     assert told.count("--anchor") == bool(said or anchor)
     found = sample._recipes(parsed(told.removeprefix("dpfast ")))
     assert [each.guidance.anchor for each in found] == [anchor, anchor]
-    assert {each.guidance.anchor_schedule for each in found} == {((0.375, 0.0), (0.5, 1.0))}
+    assert {each.guidance.anchor_schedule for each in found} == {((0.499, 0.0), (0.5, 1.0))}
 
 
 def test_an_option_is_left_out_with_its_value_however_it_was_said():

@@ -311,12 +311,12 @@ def anchored(inputs, anchor, *, mode="relative", **rest):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
-@pytest.mark.parametrize("anchor", [1e6, 1e15, 1e20, 3e38])
+@pytest.mark.parametrize("anchor", [1e6, 1e15, 1e20, 3e38, math.inf])
 def test_an_anchor_of_any_size_moves_as_far_towards_the_label(anchor, device):
     x, cond, uncond, grad, _ = tensors((2, 3, 5, 7), device)
     options = {"cfg_scale": 1.5, "omega": 0.2, "mode": "relative", "prediction": "epsilon"}
     cpu = [tensor.cpu() for tensor in (x, cond, uncond, grad, solver_table(device))]
-    expected, _ = truth(*cpu, 3, anchor=anchor, **options)
+    expected, _ = truth(*cpu, 3, anchor=min(anchor, 1e30), **options)
     for said in (anchor, torch.full((2,), anchor, device=device)):
         found = guided_step(x, cond, uncond, grad, solver_table(device), 3, anchor=said, **options)
         assert_close(found, expected, torch.float32, 4)
@@ -661,6 +661,8 @@ def test_registered_operation(device):
         ({"omega": "0.1"}, TypeError, "omega must be a number"),
         ({"anchor": "1"}, TypeError, "anchor must be a number"),
         ({"anchor": True}, TypeError, "anchor must be a number"),
+        ({"anchor": -0.5}, ValueError, "anchor must be at least 0, got -0.5"),
+        ({"anchor": math.nan}, ValueError, "anchor must be at least 0, got nan"),
         ({"anchor": torch.ones(3)}, ValueError, r"anchor has shape \(3,\), expected .* \(2,\)"),
         ({"anchor": torch.ones((), device="meta")}, ValueError, "anchor.*is on meta"),
         ({"omega": torch.zeros((), device="meta")}, ValueError, "omega.*is on meta"),

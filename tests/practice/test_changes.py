@@ -166,7 +166,7 @@ def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, 
 
 
 def test_a_schedule_of_no_anchor_may_change(short, tmp_path):
-    late = ((0.375, 0.0), (0.5, 1.0))
+    late = ((0.499, 0.0), (0.5, 1.0))
     with RunWriter(tmp_path / "run", short):
         pass
     continued(tmp_path / "run", with_(short, "guidance", anchor_schedule=late))

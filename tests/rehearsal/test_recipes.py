@@ -58,7 +58,7 @@ def test_an_anchored_recipe_is_walked_where_its_cfg_begins_late():
 
 
 def test_a_late_anchor_is_walked_at_its_true_size_to_a_step_in_which_it_acts(caplog):
-    late = {"omega": 0.12, "anchor": 1.0, "anchor_schedule": "0.375:0,0.5:1"}
+    late = {"omega": 0.12, "anchor": 1.0, "anchor_schedule": "0.499:0,0.5:1"}
     found = rehearse(Recipe.load(RECIPES[2], **late), "h100", count=8, ranks=1)
     assert not found.failures
     # without such a step the walk would be that of the paper's guidance, and say so

@@ -258,7 +258,9 @@ def guided_step(
             (B,) tensor.
         omega: Strength of the guidance; number, 0-d or (B,) tensor.
         anchor: kappa, the weight of the generator's own belief in the label beside the guidance;
-            number, 0-d or (B,) tensor. None and 0 are the step without one, bit for bit.
+            number, 0-d or (B,) tensor. None and 0 are the step without one, bit for bit. A number
+            is at least 0; a tensor's values nobody looks at: a negative one leads away from the
+            label, and so does a positive one beside a negative omega.
         mode: "relative" moves the state by omega times its norm, "score" adds omega grad to the
             score.
         prediction: Kind of the network's prediction: "epsilon", "v", "sample" or "flow".
@@ -275,7 +277,8 @@ def guided_step(
         ``out``, or a new contiguous tensor. A step tensor outside the table gives NaN.
 
     Raises:
-        InputError: For a wrong shape or device, an unknown option, a step outside the table.
+        InputError: For a wrong shape or device, an unknown option, a step outside the table, an
+            anchor that is a negative number.
         TypeError: For a wrong type or dtype.
 
     Examples:
@@ -312,6 +315,8 @@ def guided_step(
     omega = check.per_sample("omega", omega, shape[0], device)
     if anchor is not None:
         anchor = check.per_sample("anchor", anchor, shape[0], device)
+        if not isinstance(anchor, Tensor) and not anchor >= 0:
+            raise InputError(f"anchor must be at least 0, got {anchor:g}")
         nothing = not isinstance(anchor, Tensor) and anchor == 0
         if nothing or grad is None or pred_uncond is None:
             anchor = None
