@@ -82,9 +82,10 @@ class GuidanceConfig:
         criterion: "entropy", "loss", "margin", "disagreement", or a function
             (``dpfast.generate.criteria``).
         anchor: kappa, the weight of the generator's own label score beside the criterion's
-            gradient, both of length 1; 0: the paper's guidance. A guided step without
-            classifier-free guidance has no such score, and is the paper's. Only where omega raises
-            the criterion.
+            gradient, both of length 1; 0: the paper's guidance. In "relative" mode the move is as
+            long as without one, in "score" mode up to 1 + kappa times as long. A guided step
+            without classifier-free guidance has no such score, and is the paper's. Only where
+            omega raises the criterion.
         omega_schedule: Factors of omega by step, pairs (fraction of the steps, factor of at least
             0) as in ``dpfast.generate.guidance.factors``; (): 1 in all. A step in which the factor
             is 0 is unguided, and costs what such a step costs.
