@@ -134,10 +134,12 @@ def guiding_words(arguments: argparse.Namespace, recipe: Recipe) -> list[str]:
         file = Recipe()
     omega = recipe.guidance.omega or file.guidance.omega or Recipe().guidance.omega
     words = ["--omega", f"0,{omega:g}"]
-    if anchor and recipe.generator.cfg_scale == 1:
-        return [*words, "--anchor", "0"]
     said = getattr(arguments, "field.guidance.anchor", None) is not None
-    return [*words, *(["--anchor", f"{anchor:g}"] if anchor and other and not said else [])]
+    if anchor and recipe.generator.cfg_scale == 1:
+        words += ["--anchor", "0"]
+    elif anchor and other and not said:
+        words += ["--anchor", f"{anchor:g}"]
+    return words
 
 
 def recipe_words(arguments: argparse.Namespace, *names: str) -> list[str]:

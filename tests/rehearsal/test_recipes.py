@@ -8,6 +8,7 @@ import pytest
 from dpfast.cli.main import main
 from dpfast.config import Recipe
 from dpfast.errors import InputError
+from dpfast.generate import preflight
 from dpfast.planning import measure
 from dpfast.planning.memory import usable
 from dpfast.planning.plan import plan
@@ -58,6 +59,7 @@ def test_an_anchored_recipe_is_walked_where_its_cfg_begins_late():
 
 
 def test_a_late_anchor_is_walked_at_its_true_size_to_a_step_in_which_it_acts(caplog):
+    preflight._warn_of_idle_anchor.cache_clear()  # another test may have heard it
     late = {"omega": 0.12, "anchor": 1.0, "anchor_schedule": "0.499:0,0.5:1"}
     found = rehearse(Recipe.load(RECIPES[2], **late), "h100", count=8, ranks=1)
     assert not found.failures
